@@ -1,0 +1,22 @@
+//! The wire formats of the system, in one place.
+//!
+//! * [`device`]: the virtio-mshare device as a guest sees it: configuration
+//!   space, requests, events, feature bits. `no_std`. The C header that the
+//!   kernel includes is generated from it.
+//! * [`entry`]: the format of the page-table entries that the broker writes
+//!   and every attached guest walks. `no_std`.
+//! * `broker`: the messages between a pool's broker and its clients (VMMs and
+//!   `vmm pool`).
+//! * `agent`: the messages between the host and the agent inside a guest.
+
+#![cfg_attr(not(feature = "std"), no_std)]
+
+pub mod device;
+pub mod entry;
+
+#[cfg(feature = "std")]
+pub mod agent;
+#[cfg(feature = "std")]
+pub mod broker;
+#[cfg(feature = "std")]
+pub mod frame;

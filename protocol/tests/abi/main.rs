@@ -1,0 +1,159 @@
+//! The device ABI as Rust and as C sees it: the same constants, sizes and
+//! offsets.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod header;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::mem::{offset_of, size_of};
+use std::process::Command;
+
+use mshare_protocol::device::*;
+
+/// Every name the C program prints, with the value Rust has for it.
+type Facts = BTreeMap<String, u64>;
+
+/// Lists the fields of structures: their facts, and the C lines that print
+/// the same. The sizes of the listed fields must fill the structure, so that
+/// a field left out here or padding in C fails the test.
+macro_rules! layout {
+    ($facts:ident, $c:ident, $($ty:ident { $($field:ident as $cname:literal: $fty:ty),* $(,)? })*) => {$(
+        let mut filled = 0;
+        $(
+            filled += size_of::<$fty>();
+            fact(&mut $facts, &mut $c,
+                concat!("offsetof(struct ", stringify!($ty), ", ", $cname, ")"),
+                offset_of!($ty, $field) as u64);
+            fact(&mut $facts, &mut $c,
+                concat!("sizeof(((struct ", stringify!($ty), " *)0)->", $cname, ")"),
+                size_of::<$fty>() as u64);
+        )*
+        assert_eq!(filled, size_of::<$ty>(), "{}: a field is not listed", stringify!($ty));
+        fact(&mut $facts, &mut $c, concat!("sizeof(struct ", stringify!($ty), ")"),
+            size_of::<$ty>() as u64);
+    )*};
+}
+
+macro_rules! constants {
+    ($facts:ident, $c:ident, $($name:ident),* $(,)?) => {$(
+        #[allow(clippy::cast_lossless)] // some constants are usize
+        fact(&mut $facts, &mut $c, stringify!($name), $name as u64);
+    )*};
+}
+
+fn fact(facts: &mut Facts, c: &mut String, expression: &str, value: u64) {
+    facts.insert(expression.to_owned(), value);
+    writeln!(
+        c,
+        "\tprintf(\"%s=%llu\\n\", \"{expression}\", (unsigned long long){expression});"
+    )
+    .unwrap();
+}
+
+#[test]
+fn c_and_rust_agree_on_every_constant_size_and_offset() {
+    use zerocopy::little_endian::{U32, U64};
+
+    let mut facts = Facts::new();
+    let mut c = String::new();
+    layout! { facts, c,
+        virtio_mshare_config {
+            window_gpa as "window_gpa": U64, window_len as "window_len": U64,
+            table_len as "table_len": U64, data_off as "data_off": U64,
+            data_len as "data_len": U64, pool_uuid as "pool_uuid": [u8; 16],
+        }
+        virtio_mshare_req {
+            r#type as "type": U32, flags as "flags": U32, id as "id": U64,
+            addr as "addr": U64, len as "len": U64, mode as "mode": U32,
+            uid as "uid": U32, gid as "gid": U32, prot as "prot": U32,
+            name_len as "name_len": U32, reserved as "reserved": U32,
+            name as "name": [u8; VIRTIO_MSHARE_NAME_LEN],
+        }
+        virtio_mshare_region {
+            id as "id": U64, start as "start": U64, len as "len": U64,
+            link_gpa as "link_gpa": U64, data_gpa as "data_gpa": U64,
+            resident as "resident": U64, table_bytes as "table_bytes": U64,
+            flags as "flags": U32, mode as "mode": U32, uid as "uid": U32,
+            gid as "gid": U32, attached as "attached": U32, reserved as "reserved": U32,
+        }
+        virtio_mshare_resp {
+            status as "status": U32, reserved as "reserved": U32,
+            region as "region": virtio_mshare_region,
+        }
+        virtio_mshare_dirent {
+            id as "id": U64, name_len as "name_len": U32, reserved as "reserved": U32,
+            name as "name": [u8; VIRTIO_MSHARE_NAME_LEN],
+        }
+        virtio_mshare_list {
+            status as "status": U32, count as "count": U32,
+            entry as "entry": [virtio_mshare_dirent; VIRTIO_MSHARE_LIST_MAX],
+        }
+        virtio_mshare_event {
+            r#type as "type": U32, reserved as "reserved": U32, id as "id": U64,
+            offset as "offset": U64, len as "len": U64, seq as "seq": U64,
+        }
+        virtio_mshare_ack { seq as "seq": U64 }
+    }
+    constants! { facts, c,
+        VIRTIO_ID_MSHARE, VIRTIO_MSHARE_F_TABLES, VIRTIO_MSHARE_F_FORCED, VIRTIO_MSHARE_F_WRITE,
+        VIRTIO_MSHARE_SHM_ID, VIRTIO_MSHARE_VQ_CTRL, VIRTIO_MSHARE_VQ_EVENT, VIRTIO_MSHARE_VQ_ACK,
+        VIRTIO_MSHARE_VQ_MAX, VIRTIO_MSHARE_NAME_MAX, VIRTIO_MSHARE_NAME_LEN,
+        VIRTIO_MSHARE_T_LOOKUP, VIRTIO_MSHARE_T_CREATE, VIRTIO_MSHARE_T_SIZE,
+        VIRTIO_MSHARE_T_ATTACH, VIRTIO_MSHARE_T_DETACH, VIRTIO_MSHARE_T_PROTECT,
+        VIRTIO_MSHARE_T_DISCARD, VIRTIO_MSHARE_T_UNLINK, VIRTIO_MSHARE_T_STAT,
+        VIRTIO_MSHARE_T_LIST, VIRTIO_MSHARE_REQ_EXCL, VIRTIO_MSHARE_R_SIZED,
+        VIRTIO_MSHARE_R_TABLES, VIRTIO_MSHARE_R_RDONLY, VIRTIO_MSHARE_R_UNLINKED,
+        VIRTIO_MSHARE_PROT_READ, VIRTIO_MSHARE_PROT_WRITE, VIRTIO_MSHARE_E_INVALIDATE,
+        VIRTIO_MSHARE_E_REVOKED, VIRTIO_MSHARE_LIST_MAX,
+    }
+    let text = header::generate();
+    for define in text
+        .lines()
+        .filter_map(|l| l.strip_prefix("#define VIRTIO_"))
+    {
+        let name = format!("VIRTIO_{}", define.split(' ').next().unwrap());
+        assert!(facts.contains_key(&name), "{name} is not compared");
+    }
+
+    let from_c = run_c(&text, &c);
+
+    assert_eq!(from_c, facts);
+}
+
+/// Compiles and runs `body` as the main function of a program that includes
+/// the header, and reads the `name=value` lines it prints.
+fn run_c(header: &str, body: &str) -> Facts {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("virtio_mshare.h"), header).unwrap();
+    std::fs::write(
+        dir.path().join("abi.c"),
+        format!(
+            "#include <stddef.h>\n#include <stdio.h>\n#include \"virtio_mshare.h\"\n\
+             int main(void)\n{{\n{body}\treturn 0;\n}}\n"
+        ),
+    )
+    .unwrap();
+    let program = dir.path().join("abi");
+    let compiled = Command::new("cc")
+        .args(["-Wall", "-Wextra", "-Werror", "-Wpadded", "-o"])
+        .arg(&program)
+        .arg(dir.path().join("abi.c"))
+        .output()
+        .expect("cc is installed");
+    assert!(
+        compiled.status.success(),
+        "{}",
+        String::from_utf8_lossy(&compiled.stderr)
+    );
+    let output = Command::new(&program).output().unwrap();
+    String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let (name, value) = line.rsplit_once('=').unwrap();
+            (name.to_owned(), value.parse().unwrap())
+        })
+        .collect()
+}
