@@ -103,8 +103,11 @@ pub struct Hello {
 pub struct Resume {
     /// The pool's identity.
     pub uuid: [u8; 16],
-    /// Ids of the regions it is attached to.
+    /// Ids of the regions it is attached to. If one is gone, the answer is
+    /// [`FromBroker::Refused`] with ESTALE.
     pub attached: Vec<u64>,
+    /// Ids of the unsized regions it created; those that are gone are ignored.
+    pub created: Vec<u64>,
 }
 
 /// Client to broker.
@@ -131,7 +134,10 @@ pub enum ToBroker {
 pub enum FromBroker {
     /// Answer to [`ToBroker::Hello`].
     Welcome(Geometry),
-    /// Answer to a hello that cannot be served; the connection ends.
+    /// Answer to a hello that cannot be served, or, later, notice that the
+    /// broker gives the client up; the connection ends. A client that is given
+    /// up unmaps what it had attached before it closes its end: only then is
+    /// the memory used for something else.
     Refused(Failure),
     /// Answer to a request.
     Reply {
@@ -225,7 +231,8 @@ pub enum Request {
         /// Region.
         id: u64,
     },
-    /// List the named regions with `id >= from`, in order of id.
+    /// List the named regions with `id >= from`, in order of id. The answer
+    /// may hold fewer than there are; the list has ended when it is empty.
     List {
         /// First id.
         from: u64,
@@ -270,7 +277,8 @@ pub struct Region {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Bytes of memory that the data occupies.
+    /// Bytes of memory that the data occupies. Only STAT counts it (it takes
+    /// time in proportion to the memory); in other answers it is zero.
     pub resident: u64,
     /// Bytes of memory that the tables occupy.
     pub table_bytes: u64,

@@ -51,7 +51,7 @@ pub const VIRTIO_MSHARE_SHM_ID: u32 = 0;
 pub const VIRTIO_MSHARE_VQ_CTRL: u32 = 0;
 /// Queue of events.
 pub const VIRTIO_MSHARE_VQ_EVENT: u32 = 1;
-/// Queue of acknowledgements.
+/// Queue of acknowledgments.
 pub const VIRTIO_MSHARE_VQ_ACK: u32 = 2;
 /// Number of queues.
 pub const VIRTIO_MSHARE_VQ_MAX: u32 = 3;
@@ -296,7 +296,7 @@ pub struct virtio_mshare_event {
     pub offset: U64,
     /// Length in bytes.
     pub len: U64,
-    /// To be returned in the acknowledgement; zero asks for none.
+    /// To be returned in the acknowledgment; zero asks for none.
     pub seq: U64,
 }
 

@@ -1,0 +1,208 @@
+//! The mshare interface of the kernel: system calls, ioctls, msharefs.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use mshare_protocol::agent::{Failure, MSHAREFS, RegionInfo, RegionOp, Value};
+use rustix::fs::{FallocateFlags, fallocate};
+
+/// Number of `mshare`.
+pub const SYS_MSHARE: libc::c_long = 548;
+/// Number of `mshare_unlink`.
+pub const SYS_MSHARE_UNLINK: libc::c_long = 549;
+
+// include/uapi/linux/mshare.h
+const PROTECT: u32 = ioctl_number(1, 0x50, size_of::<ProtectArg>());
+const DISCARD: u32 = ioctl_number(1, 0x51, size_of::<DiscardArg>());
+const INFO: u32 = ioctl_number(2, 0x52, size_of::<InfoArg>());
+
+/// `MSHARE_IOC_PROTECT`, for calls that must fail.
+pub const IOC_PROTECT: u32 = PROTECT;
+
+#[repr(C)]
+struct ProtectArg {
+    offset: u64,
+    len: u64,
+    prot: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct DiscardArg {
+    offset: u64,
+    len: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct InfoArg {
+    start: u64,
+    len: u64,
+    id: u64,
+    resident: u64,
+    table_bytes: u64,
+    flags: u32,
+    mappings: u32,
+    machines: u32,
+    reserved: u32,
+}
+
+/// `_IOC` of `asm-generic/ioctl.h` with type 'm'; 1 = write, 2 = read.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the structures above are a few words long"
+)]
+const fn ioctl_number(direction: u32, number: u32, size: usize) -> u32 {
+    direction << 30 | (size as u32) << 16 | (b'm' as u32) << 8 | number
+}
+
+/// Turns the result of a C call into an error if it is -1.
+///
+/// # Errors
+/// errno.
+pub fn check(ret: i64) -> io::Result<i64> {
+    if ret == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(ret)
+    }
+}
+
+fn c_name(name: &str) -> Result<CString, Failure> {
+    CString::new(name).map_err(|_| Failure {
+        errno: libc::EINVAL,
+        message: format!("the name {name:?} contains a NUL byte"),
+    })
+}
+
+/// Calls `mshare`.
+///
+/// # Errors
+/// What the system call reports.
+pub fn mshare(name: &str, addr: u64, len: u64, oflag: i32, mode: u32) -> Result<i64, Failure> {
+    let c = c_name(name)?;
+    // SAFETY: the name is a C string that outlives the call. The call maps
+    // only where nothing is mapped (it never replaces a mapping).
+    check(unsafe { libc::syscall(SYS_MSHARE, c.as_ptr(), addr, len, oflag, mode) })
+        .map_err(|e| Failure::os(format_args!("mshare({name:?}, {addr:#x}, {len:#x})"), &e))
+}
+
+/// Calls `mshare_unlink`.
+///
+/// # Errors
+/// What the system call reports.
+pub fn unlink(name: &str) -> Result<i64, Failure> {
+    let c = c_name(name)?;
+    // SAFETY: the name is a C string that outlives the call. What it may unmap
+    // is a region, which holds no Rust object.
+    check(unsafe { libc::syscall(SYS_MSHARE_UNLINK, c.as_ptr()) })
+        .map_err(|e| Failure::os(format_args!("mshare_unlink({name:?})"), &e))
+}
+
+/// Whether the kernel has the system calls.
+pub fn present() -> bool {
+    // SAFETY: a null name is refused before anything is done.
+    check(unsafe { libc::syscall(SYS_MSHARE_UNLINK, 0) })
+        .is_err_and(|e| e.raw_os_error() != Some(libc::ENOSYS))
+}
+
+/// Opens a region's file in msharefs.
+///
+/// # Errors
+/// What `open` reports.
+pub fn open(name: &str, oflag: i32) -> Result<File, Failure> {
+    let path = format!("{MSHAREFS}/{name}");
+    let access = oflag & libc::O_ACCMODE;
+    OpenOptions::new()
+        .read(access != libc::O_WRONLY)
+        .write(access != libc::O_RDONLY)
+        .custom_flags(oflag & !libc::O_ACCMODE)
+        .open(&path)
+        .map_err(|e| Failure::os(format_args!("open {path}"), &e))
+}
+
+/// Address and length of a region, from its file.
+///
+/// # Errors
+/// If the file cannot be opened or is not that of a sized region.
+pub fn extent(name: &str) -> Result<(u64, u64), Failure> {
+    let mut file = open(name, libc::O_RDONLY)?;
+    let (mut start, mut len) = ([0; 8], [0; 8]);
+    file.read_exact(&mut start)
+        .and_then(|()| file.read_exact(&mut len))
+        .map_err(|e| Failure::os(format_args!("read the extent of {name:?}"), &e))?;
+    Ok((u64::from_ne_bytes(start), u64::from_ne_bytes(len)))
+}
+
+/// Carries out `op`.
+///
+/// # Errors
+/// What the kernel reports.
+pub fn run(op: &RegionOp) -> Result<Value, Failure> {
+    match op {
+        RegionOp::Unlink { name } => unlink(name).map(Value::Ret),
+        RegionOp::Protect {
+            name,
+            offset,
+            len,
+            prot,
+        } => {
+            let arg = ProtectArg {
+                offset: *offset,
+                len: *len,
+                prot: *prot,
+                flags: 0,
+            };
+            control(name, libc::O_RDWR, PROTECT, &arg, "MSHARE_IOC_PROTECT")
+        }
+        RegionOp::Discard { name, offset, len } => {
+            let arg = DiscardArg {
+                offset: *offset,
+                len: *len,
+            };
+            control(name, libc::O_RDWR, DISCARD, &arg, "MSHARE_IOC_DISCARD")
+        }
+        RegionOp::Punch { name, offset, len } => {
+            let file = open(name, libc::O_RDWR)?;
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&file, flags, *offset, *len)
+                .map_err(|e| Failure::os(format_args!("fallocate {name:?}"), &e.into()))?;
+            Ok(Value::Ret(0))
+        }
+        RegionOp::Info { name } => {
+            let mut info = InfoArg::default();
+            let file = open(name, libc::O_RDONLY)?;
+            // SAFETY: the descriptor is open, and the structure is as long as
+            // the number says.
+            check(i64::from(unsafe {
+                libc::ioctl(file.as_raw_fd(), INFO.into(), &raw mut info)
+            }))
+            .map_err(|e| Failure::os(format_args!("MSHARE_IOC_INFO {name:?}"), &e))?;
+            Ok(Value::RegionInfo(RegionInfo {
+                start: info.start,
+                len: info.len,
+                id: info.id,
+                resident: info.resident,
+                table_bytes: info.table_bytes,
+                flags: info.flags,
+                mappings: info.mappings,
+                machines: info.machines,
+            }))
+        }
+        RegionOp::Extent { name } => extent(name).map(|(start, len)| Value::Mapped { start, len }),
+    }
+}
+
+fn control<T>(name: &str, oflag: i32, request: u32, arg: &T, what: &str) -> Result<Value, Failure> {
+    let file = open(name, oflag)?;
+    // SAFETY: the descriptor is open, and the structure is as long as the
+    // number says; the kernel only reads it.
+    check(i64::from(unsafe {
+        libc::ioctl(file.as_raw_fd(), request.into(), &raw const *arg)
+    }))
+    .map(Value::Ret)
+    .map_err(|e| Failure::os(format_args!("{what} {name:?}"), &e))
+}

@@ -1,0 +1,742 @@
+//! The broker: sessions and requests. It decides what is allowed and in which
+//! order files, tables and directory change; sockets are in [`crate::server`].
+//!
+//! A region ends when it has no name and no attachment. An attachment ends
+//! with a DETACH or with its client's connection. A client that is *silent*
+//! (given up for not answering) no longer counts for anybody, but what it had
+//! attached stays until its connection has ended: until then its guest may
+//! still have the memory mapped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use mshare_protocol::broker::{
+    Failure, Geometry, Policy, PoolStat, Region, Reply, Request, Resume, Role,
+};
+use mshare_protocol::entry::{PAGE_SIZE, Prot};
+use rustix::io::Errno;
+
+use crate::directory::{Counts, Directory, DirectoryError, Entry, Intent, OpenError, State};
+use crate::editor::{EditError, Tables, page_range};
+use crate::failure::{chain, failure, show};
+use crate::layout::{LayoutError, PoolConfig};
+use crate::memory::{self, MemoryError, PoolFiles, SharedFile};
+
+/// Longest name of a guest in bytes.
+pub const GUEST_NAME_MAX: usize = 64;
+/// Bytes after which an answer to LIST ends.
+const LIST_BYTES: usize = 512 << 10;
+
+/// Why there is no broker.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// The pool cannot be as asked for.
+    #[error("bad pool")]
+    Layout(#[from] LayoutError),
+    /// No memory, or wrong files.
+    #[error("cannot set up the pool's memory")]
+    Memory(#[from] MemoryError),
+    /// No random numbers.
+    #[error("cannot make an identity for the pool")]
+    Identity(#[source] std::io::Error),
+    /// The directory cannot be used.
+    #[error("cannot open the pool's directory")]
+    Directory(#[from] OpenError),
+    /// The tables cannot be recovered.
+    #[error("cannot recover the tables of region {id}")]
+    Tables {
+        /// Of the region.
+        id: u64,
+        /// Cause.
+        #[source]
+        source: EditError,
+    },
+}
+
+/// A connection, as the broker numbers them.
+pub type SessionId = u64;
+
+#[derive(Debug)]
+struct Session {
+    role: Role,
+    attached: BTreeSet<u64>,
+    silent: bool,
+}
+
+/// Guests to be told that rights are gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalidate {
+    /// Region.
+    pub id: u64,
+    /// Byte offset.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whom to tell.
+    pub sessions: Vec<SessionId>,
+}
+
+/// What came of a request.
+#[derive(Debug)]
+pub struct Answer {
+    /// For the client, once `invalidate` is done.
+    pub result: Result<Reply, Failure>,
+    /// To be done before the answer is sent.
+    pub invalidate: Option<Invalidate>,
+    /// The region's resident bytes are to be filled in (outside of any lock).
+    pub count_resident: bool,
+}
+
+/// A pool and who uses it.
+#[derive(Debug)]
+pub struct Broker {
+    files: Arc<PoolFiles>,
+    table_file: SharedFile,
+    directory: Directory,
+    tables: BTreeMap<u64, Tables>,
+    /// Who created an unsized region. Without an entry it is an orphan of a
+    /// former broker.
+    creators: BTreeMap<u64, SessionId>,
+    sessions: BTreeMap<SessionId, Session>,
+    next_session: SessionId,
+    /// After recovery, until [`Broker::end_grace`]: clients may still resume.
+    grace: bool,
+    /// In that time, the attachments that have not resumed yet.
+    awaited: BTreeMap<u64, Counts>,
+    /// A broker before this one was killed; it may have begun what clients now
+    /// ask for again.
+    recovered: bool,
+    #[cfg(feature = "ablation")]
+    ablation: Option<crate::editor::Ablation>,
+}
+
+fn refuse(error: &DirectoryError) -> Failure {
+    failure(error.errno(), error.to_string())
+}
+
+impl From<DirectoryError> for Refusal {
+    fn from(error: DirectoryError) -> Self {
+        Self(refuse(&error))
+    }
+}
+
+impl From<EditError> for Refusal {
+    fn from(error: EditError) -> Self {
+        let errno = match error {
+            EditError::NoMemory(_) => Errno::NOMEM,
+            EditError::Punch(_) => Errno::IO,
+        };
+        Self(failure(errno, chain(&error)))
+    }
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        Self(failure)
+    }
+}
+
+/// A [`Failure`] that `?` can make from this crate's errors.
+struct Refusal(Failure);
+
+type Outcome<T> = Result<T, Refusal>;
+
+impl Broker {
+    /// Creates a pool.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub fn new(config: &PoolConfig) -> Result<Self, BrokerError> {
+        let uuid = memory::random_id().map_err(BrokerError::Identity)?;
+        let geometry = config.geometry(uuid)?;
+        let files = PoolFiles::create(&geometry)?;
+        let directory = Directory::create(&files, &geometry, config.max_regions)?;
+        let broker = Self::with(files, directory)?;
+        #[cfg(feature = "ablation")]
+        let broker = Self {
+            ablation: config.ablation,
+            ..broker
+        };
+        Ok(broker)
+    }
+
+    fn with(files: PoolFiles, directory: Directory) -> Result<Self, BrokerError> {
+        Ok(Self {
+            table_file: SharedFile::open(files.tables())?,
+            files: Arc::new(files),
+            directory,
+            tables: BTreeMap::new(),
+            creators: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            next_session: 1,
+            grace: false,
+            awaited: BTreeMap::new(),
+            recovered: false,
+            #[cfg(feature = "ablation")]
+            ablation: None,
+        })
+    }
+
+    /// Takes over a pool whose broker was killed, whatever it was doing:
+    /// completes protections and destructions that it had begun, undoes
+    /// regions whose tables are not complete, frees table pages that nothing
+    /// refers to. Clients may resume until [`Broker::end_grace`].
+    ///
+    /// # Errors
+    /// [`BrokerError`]; the files are as they were, or further recovered.
+    pub fn recover(files: PoolFiles, max_regions: usize) -> Result<Self, BrokerError> {
+        let (directory, intents) = Directory::open(&files, max_regions)?;
+        let mut broker = Self::with(files, directory)?;
+        broker.grace = true;
+        broker.recovered = true;
+        let left: Vec<Entry> = broker.directory.regions().cloned().collect();
+        for entry in left {
+            let id = entry.id;
+            let span = broker.directory.span(&entry);
+            let failed = |source| BrokerError::Tables { id, source };
+            match entry.state {
+                // The former broker was removing it: nobody can name it.
+                State::Unsized if entry.name.is_empty() => broker.destroy(id),
+                State::Unsized => {}
+                State::Building => {
+                    Tables::destroy(&broker.table_file, &span).map_err(failed)?;
+                    let undone = broker.directory.undo_build(id);
+                    debug_assert!(undone.is_ok());
+                }
+                State::Live => {
+                    let (tables, found) =
+                        Tables::recover(&broker.table_file, span).map_err(failed)?;
+                    if found.damaged > 0 {
+                        log::error!(
+                            "region {}: {} table entries were damaged; their 2 MiB each \
+                             are without access now",
+                            show(&entry.name),
+                            found.damaged
+                        );
+                    }
+                    broker.tables.insert(id, tables);
+                    broker.awaited.insert(id, entry.attached);
+                }
+                State::Destroying => broker.destroy(id),
+            }
+        }
+        for (id, intent) in intents {
+            let Some(tables) = broker.tables.get_mut(&id) else {
+                continue;
+            };
+            let span = *tables.span();
+            if let Some((first, pages)) = page_range(span.len, intent.offset, intent.len) {
+                tables
+                    .protect(&broker.table_file, first, pages, intent.prot)
+                    .map_err(|source| BrokerError::Tables { id, source })?;
+            }
+            let cleared = broker.directory.set_intent(id, None);
+            debug_assert!(cleared.is_ok());
+        }
+        Ok(broker)
+    }
+
+    /// The pool's place.
+    #[must_use]
+    pub const fn geometry(&self) -> &Geometry {
+        self.directory.geometry()
+    }
+
+    /// The pool's files.
+    #[must_use]
+    pub fn files(&self) -> Arc<PoolFiles> {
+        Arc::clone(&self.files)
+    }
+
+    /// A client has come.
+    ///
+    /// # Errors
+    /// EINVAL if its name cannot be.
+    pub fn connect(&mut self, role: Role) -> Result<SessionId, Failure> {
+        if let Role::Guest { name, .. } = &role
+            && (name.is_empty() || name.len() > GUEST_NAME_MAX)
+        {
+            return Err(failure(
+                Errno::INVAL,
+                format!(
+                    "the guest's name has {} bytes; use 1 to {GUEST_NAME_MAX}",
+                    name.len()
+                ),
+            ));
+        }
+        let id = self.next_session;
+        self.next_session += 1;
+        let session = Session {
+            role,
+            attached: BTreeSet::new(),
+            silent: false,
+        };
+        self.sessions.insert(id, session);
+        Ok(id)
+    }
+
+    /// A client is back: what it holds counts again. Returns what a guest with
+    /// private tables must drop, because it may have missed events.
+    ///
+    /// # Errors
+    /// ENXIO if it comes from another pool, ESTALE if something that it holds
+    /// is gone.
+    pub fn resume(
+        &mut self,
+        role: Role,
+        resume: &Resume,
+    ) -> Result<(SessionId, Vec<Invalidate>), Failure> {
+        if resume.uuid != self.geometry().uuid {
+            return Err(failure(
+                Errno::NXIO,
+                "this broker serves another pool; the client's pool is not here",
+            ));
+        }
+        if role == Role::Admin && !resume.attached.is_empty() {
+            return Err(failure(Errno::PERM, "an admin attaches nothing"));
+        }
+        let mut stale = Vec::new();
+        for &id in &resume.attached {
+            let span = self.directory.live(id).map_err(|_| {
+                failure(
+                    Errno::STALE,
+                    format!("region {id} is gone; unmap what is attached and start anew"),
+                )
+            })?;
+            stale.push((id, span.1.len));
+        }
+        let session = self.connect(role)?;
+        let mut private = false;
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.attached = resume.attached.iter().copied().collect();
+            private = s.is_private();
+        }
+        for &id in &resume.attached {
+            if let Some(awaited) = self.awaited.get_mut(&id) {
+                awaited.all = awaited.all.saturating_sub(1);
+                awaited.private = awaited.private.saturating_sub(private.into());
+            }
+            self.note_attached(id);
+        }
+        for &id in &resume.created {
+            if self
+                .directory
+                .get(id)
+                .is_ok_and(|e| e.state == State::Unsized)
+            {
+                self.creators.insert(id, session);
+            }
+        }
+        let events = stale
+            .into_iter()
+            .filter(|_| private)
+            .map(|(id, len)| Invalidate {
+                id,
+                offset: 0,
+                len,
+                sessions: vec![session],
+            })
+            .collect();
+        Ok((session, events))
+    }
+
+    /// No client that has not resumed will: unlinked regions and unsized ones
+    /// that nobody holds end.
+    pub fn end_grace(&mut self) {
+        self.grace = false;
+        self.awaited.clear();
+        let ids: Vec<u64> = self.directory.regions().map(|e| e.id).collect();
+        for id in ids {
+            self.note_attached(id);
+            self.end_if_unused(id);
+        }
+    }
+
+    /// Whether `request` takes rights from guests with private tables of which
+    /// some have not resumed yet: it must wait for them, or for
+    /// [`Broker::end_grace`].
+    #[must_use]
+    pub fn awaits_resume(&self, request: &Request) -> bool {
+        match request {
+            Request::Protect { id, prot, .. } if *prot != Prot::ReadWrite => {
+                self.awaited.get(id).is_some_and(|a| a.private > 0)
+            }
+            _ => false,
+        }
+    }
+
+    /// Sessions of guests that have a region attached privately.
+    fn private_attached(&self, id: u64) -> impl Iterator<Item = SessionId> {
+        self.sessions
+            .iter()
+            .filter(move |(_, s)| s.is_private() && s.attached.contains(&id))
+            .map(|(&session, _)| session)
+    }
+
+    /// Keeps the directory's count of attachments.
+    fn note_attached(&mut self, id: u64) {
+        let mut counts = self.awaited.get(&id).copied().unwrap_or_default();
+        for session in self.sessions.values().filter(|s| s.attached.contains(&id)) {
+            counts.all += 1;
+            counts.private += u32::from(session.is_private());
+        }
+        self.directory.set_attached(id, counts);
+    }
+
+    /// A client is given up. Its attachments no longer count for anybody; they
+    /// hold the memory until [`Broker::disconnect`].
+    pub fn silence(&mut self, session: SessionId) {
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.silent = true;
+        }
+    }
+
+    /// A client's connection has ended: it holds nothing any more.
+    pub fn disconnect(&mut self, session: SessionId) {
+        let Some(gone) = self.sessions.remove(&session) else {
+            return;
+        };
+        let created: Vec<u64> = self
+            .creators
+            .iter()
+            .filter(|&(_, &by)| by == session)
+            .map(|(&id, _)| id)
+            .collect();
+        for id in created {
+            self.destroy(id);
+        }
+        for &id in &gone.attached {
+            if self.grace {
+                // It may have resumed, and do so once more.
+                let awaited = self.awaited.entry(id).or_default();
+                awaited.all += 1;
+                awaited.private += u32::from(gone.is_private());
+            }
+            self.note_attached(id);
+            self.end_if_unused(id);
+        }
+    }
+
+    fn end_if_unused(&mut self, id: u64) {
+        let Ok(entry) = self.directory.get(id) else {
+            return;
+        };
+        let wanted = match entry.state {
+            State::Unsized => self.grace || self.creators.contains_key(&id),
+            _ => !entry.name.is_empty() || entry.attached.all > 0,
+        };
+        if !wanted {
+            self.destroy(id);
+        }
+    }
+
+    /// Ends a region. If memory cannot be freed, the region keeps its ranges
+    /// (they are lost until a recovery) rather than giving them to another.
+    fn destroy(&mut self, id: u64) {
+        self.creators.remove(&id);
+        self.tables.remove(&id);
+        let Ok(span) = self.directory.begin_destroy(id) else {
+            return;
+        };
+        if let Some(span) = span {
+            let freed = Tables::destroy(&self.table_file, &span)
+                .map_err(|e| chain(&e))
+                .and_then(|()| {
+                    memory::punch(self.files.data(), span.data_off, span.len).map_err(|e| chain(&e))
+                });
+            if let Err(reason) = freed {
+                log::error!("region {id} cannot be freed: {reason}");
+                return;
+            }
+        }
+        self.directory.end_destroy(id);
+    }
+
+    /// Carries out a request.
+    pub fn handle(&mut self, session: SessionId, request: Request) -> Answer {
+        let mut answer = Answer {
+            count_resident: matches!(request, Request::Stat { .. }),
+            invalidate: None,
+            result: Ok(Reply::Done),
+        };
+        match self.dispatch(session, request, &mut answer.invalidate) {
+            Ok(reply) => answer.result = Ok(reply),
+            Err(Refusal(failure)) => answer.result = Err(failure),
+        }
+        answer
+    }
+
+    fn dispatch(
+        &mut self,
+        session: SessionId,
+        request: Request,
+        invalidate: &mut Option<Invalidate>,
+    ) -> Outcome<Reply> {
+        self.check_rights(session, &request)?;
+        match request {
+            Request::Lookup { name } => Ok(self.report(self.directory.find(&name)?)),
+            Request::Create {
+                name,
+                mode,
+                uid,
+                gid,
+            } => {
+                self.bury_orphan(&name);
+                let id = self.directory.create_region(&name, mode, uid, gid)?;
+                self.creators.insert(id, session);
+                Ok(self.report(self.directory.get(id)?))
+            }
+            Request::Size { id, start, len } => {
+                self.size(id, start, len)?;
+                Ok(self.report(self.directory.get(id)?))
+            }
+            Request::Attach { id } => {
+                self.attach(session, id)?;
+                Ok(self.report(self.directory.get(id)?))
+            }
+            Request::Detach { id } => {
+                let attached = self.sessions.get_mut(&session).map(|s| &mut s.attached);
+                if !attached.is_some_and(|a| a.remove(&id)) {
+                    let text = format!("region {id} is not attached");
+                    return Err(failure(Errno::NOTCONN, text).into());
+                }
+                self.note_attached(id);
+                self.end_if_unused(id);
+                Ok(Reply::Done)
+            }
+            Request::Protect {
+                id,
+                offset,
+                len,
+                prot,
+            } => {
+                self.protect(id, &Intent { offset, len, prot }, invalidate)?;
+                Ok(Reply::Done)
+            }
+            Request::Discard { id, offset, len } => {
+                let (entry, span) = self.directory.live(id)?;
+                check_range(entry, offset, len)?;
+                memory::punch(self.files.data(), span.data_off + offset, len)
+                    .map_err(EditError::Punch)?;
+                Ok(Reply::Done)
+            }
+            Request::Unlink { name, id } => {
+                let id = self.directory.unlink(&name, id)?;
+                if self.directory.get(id)?.state == State::Unsized {
+                    self.destroy(id);
+                } else {
+                    self.end_if_unused(id);
+                }
+                Ok(Reply::Done)
+            }
+            Request::Stat { id } => Ok(self.report(self.directory.get(id)?)),
+            Request::List { from } => Ok(Reply::List(self.list(from))),
+            Request::PoolStat => Ok(Reply::Pool(self.pool_stat())),
+        }
+    }
+
+    fn check_rights(&self, session: SessionId, request: &Request) -> Outcome<()> {
+        let role = match self.sessions.get(&session) {
+            Some(s) if !s.silent => &s.role,
+            _ => {
+                let text = "the client's connection has ended";
+                return Err(failure(Errno::SHUTDOWN, text).into());
+            }
+        };
+        let writes = matches!(
+            request,
+            Request::Create { .. }
+                | Request::Size { .. }
+                | Request::Protect { .. }
+                | Request::Discard { .. }
+                | Request::Unlink { .. }
+        );
+        match role {
+            Role::Admin if matches!(request, Request::Attach { .. }) => {
+                Err(failure(Errno::PERM, "an admin cannot attach; connect as a guest").into())
+            }
+            Role::Guest { name, policy } if writes && !policy.writes() => {
+                let text =
+                    format!("guest {name} may only read this pool (its policy is read-only)");
+                Err(failure(Errno::ROFS, text).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes an unsized region of a former broker whose name is wanted anew:
+    /// its creator asks again, or is gone.
+    fn bury_orphan(&mut self, name: &[u8]) {
+        if let Ok(entry) = self.directory.find(name)
+            && entry.state == State::Unsized
+            && !self.creators.contains_key(&entry.id)
+        {
+            self.destroy(entry.id);
+        }
+    }
+
+    fn size(&mut self, id: u64, start: u64, len: u64) -> Outcome<()> {
+        let Some(span) = self.directory.begin_build(id, start, len)? else {
+            return Ok(());
+        };
+        match Tables::build(&self.table_file, span, Prot::ReadWrite) {
+            Ok(tables) => {
+                self.directory.end_build(id)?;
+                #[cfg(feature = "ablation")]
+                let tables = {
+                    let mut tables = tables;
+                    tables.ablate(self.ablation);
+                    tables
+                };
+                self.tables.insert(id, tables);
+                self.creators.remove(&id);
+                Ok(())
+            }
+            // Pages that could not be freed must not be found by a successor.
+            Err(e @ EditError::Punch(_)) => Err(e.into()),
+            Err(e) => {
+                self.directory.undo_build(id)?;
+                Err(e.into())
+            }
+        }
+    }
+
+    fn attach(&mut self, session: SessionId, id: u64) -> Outcome<()> {
+        let (entry, _) = self.directory.live(id)?;
+        let name = show(&entry.name);
+        let attached = self.sessions.get_mut(&session).map(|s| &mut s.attached);
+        if !attached.is_some_and(|a| a.insert(id)) {
+            let text = format!("region {id} ({name}) is attached already; a guest attaches once");
+            return Err(failure(Errno::ALREADY, text).into());
+        }
+        self.note_attached(id);
+        Ok(())
+    }
+
+    fn protect(
+        &mut self,
+        id: u64,
+        intent: &Intent,
+        invalidate: &mut Option<Invalidate>,
+    ) -> Outcome<()> {
+        let (entry, _) = self.directory.live(id)?;
+        let (first, pages) = check_range(entry, intent.offset, intent.len)?;
+        let Some(tables) = self.tables.get_mut(&id) else {
+            return Err(refuse(&DirectoryError::NoId(id)).into());
+        };
+        self.directory.set_intent(id, Some(intent))?;
+        let edit = tables.protect(&self.table_file, first, pages, intent.prot);
+        self.directory.set_intent(id, None)?;
+        // After an error some of the rights may be gone; after a recovery a
+        // former broker may have taken them and told nobody.
+        let told = match &edit {
+            Ok(edit) => edit.revoked() || self.recovered && intent.prot != Prot::ReadWrite,
+            Err(_) => true,
+        };
+        if told {
+            let sessions: Vec<SessionId> = self
+                .private_attached(id)
+                .filter(|session| self.sessions.get(session).is_some_and(|s| !s.silent))
+                .collect();
+            if !sessions.is_empty() {
+                *invalidate = Some(Invalidate {
+                    id,
+                    offset: intent.offset,
+                    len: intent.len,
+                    sessions,
+                });
+            }
+        }
+        edit?;
+        Ok(())
+    }
+
+    fn report(&self, entry: &Entry) -> Reply {
+        Reply::Region(self.region(entry))
+    }
+
+    fn region(&self, entry: &Entry) -> Region {
+        Region {
+            id: entry.id,
+            name: entry.name.clone(),
+            start: entry.start,
+            len: entry.len,
+            table_off: entry.table_off,
+            table_len: entry.table_len,
+            data_off: entry.data_off,
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+            resident: 0,
+            table_bytes: self.tables.get(&entry.id).map_or(0, Tables::bytes),
+            attached: self
+                .guests()
+                .filter(|(_, s)| s.attached.contains(&entry.id))
+                .map(|(name, _)| name.clone())
+                .collect(),
+        }
+    }
+
+    fn guests(&self) -> impl Iterator<Item = (&String, &Session)> {
+        self.sessions.values().filter_map(|s| match &s.role {
+            Role::Guest { name, .. } if !s.silent => Some((name, s)),
+            _ => None,
+        })
+    }
+
+    fn list(&self, from: u64) -> Vec<Region> {
+        let mut bytes = 0;
+        self.directory
+            .regions_from(from)
+            .filter(|e| !e.name.is_empty())
+            .map(|e| self.region(e))
+            .take_while(|r| {
+                let fits = bytes < LIST_BYTES;
+                let guests: usize = r.attached.iter().map(|name| name.len() + 2).sum();
+                bytes += 128 + r.name.len() + guests;
+                fits
+            })
+            .collect()
+    }
+
+    fn pool_stat(&self) -> PoolStat {
+        let (data_free, data_free_run) = self.directory.data_free();
+        PoolStat {
+            geometry: *self.geometry(),
+            data_free,
+            data_free_run,
+            resident: memory::occupied(self.files.data()),
+            table_bytes: memory::occupied(self.files.tables()),
+            regions: self.directory.regions().count() as u64,
+            guests: self.guests().map(|(name, _)| name.clone()).collect(),
+        }
+    }
+}
+
+impl Session {
+    fn is_private(&self) -> bool {
+        matches!(
+            &self.role,
+            Role::Guest {
+                policy: Policy::Private | Policy::PrivateRo,
+                ..
+            }
+        )
+    }
+}
+
+fn check_range(entry: &Entry, offset: u64, len: u64) -> Outcome<(u64, u64)> {
+    page_range(entry.len, offset, len).ok_or_else(|| {
+        let text = format!(
+            "the range of {len:#x} bytes at offset {offset:#x} is not one of {}; use multiples \
+             of {PAGE_SIZE}, not empty, that end at most at {:#x}",
+            show(&entry.name),
+            entry.len
+        );
+        failure(Errno::INVAL, text).into()
+    })
+}
+
+#[cfg(test)]
+#[path = "broker_tests.rs"]
+mod tests;

@@ -1,0 +1,734 @@
+//! The broker's socket.
+//!
+//! Threads: `pool-accept` takes connections; each has `pool-read-N` (frames,
+//! acknowledgements) and `pool-work-N` (requests, in order), so that a client
+//! whose own request waits for its own acknowledgement can send it;
+//! `pool-grace` ends the time for resuming after a recovery.
+//!
+//! Locks: `broker`, then `connections`, then a connection's own; nothing is
+//! written to a socket while `broker` or `connections` is held.
+//!
+//! A client that breaks the rules (malformed or long messages, no
+//! acknowledgement in time, answers not read) is *given up*: it is told so,
+//! nothing more is sent or taken, and the connection is watched until the
+//! client closes it. Only then is its memory reused: the client's VMM closes
+//! after it has removed its memslots, the kernel closes after it is dead.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use mshare_protocol::broker::{Failure, FromBroker, Hello, Reply, Request, ToBroker, VERSION};
+use mshare_protocol::frame::{self, FrameError};
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::broker::{Broker, Invalidate, SessionId};
+use crate::failure::{chain, failure};
+use crate::memory::{self, PoolFiles};
+use crate::wire::{self, FdReader};
+
+/// Longest message that a client may send, in bytes.
+pub const MAX_REQUEST: usize = 64 << 10;
+/// Requests of one client that may wait for their turn.
+const MAX_QUEUED: usize = 16;
+const STACK: usize = 256 << 10;
+
+/// Limits of a server.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Most connections at a time.
+    pub max_connections: usize,
+    /// How long a client may take to acknowledge an event, and then again to
+    /// close once it is given up.
+    pub ack_limit: Duration,
+    /// How long a client may take to say hello, or to read an answer.
+    pub io_limit: Duration,
+    /// How long clients may take to resume after a recovery.
+    pub grace: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            max_connections: 256,
+            ack_limit: Duration::from_secs(2),
+            io_limit: Duration::from_secs(5),
+            grace: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why there is no server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A broker is there.
+    #[error("a broker already serves {0}; use another path, or end that broker first")]
+    InUse(PathBuf),
+    /// Something else is there.
+    #[error("{0} exists and is no socket; use another path, or remove it")]
+    NotASocket(PathBuf),
+    /// The socket cannot be made.
+    #[error("cannot make the socket {path}")]
+    Bind {
+        /// Where.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+}
+
+/// A bound socket; its file is removed when it is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file, so that a successor's is not removed.
+    identity: (u64, u64),
+}
+
+impl Listener {
+    /// Binds `path` with mode 0600. A socket file that nobody serves is
+    /// replaced.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn bind(path: &Path) -> Result<Self, ServerError> {
+        let failed = |source: io::Error| ServerError::Bind {
+            path: path.to_owned(),
+            source,
+        };
+        let failed_errno = |e: Errno| failed(e.into());
+        let parent = match path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        };
+        // Two brokers that start at once take turns.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(parent, flags, Mode::empty()).map_err(failed_errno)?;
+        rustix::fs::flock(&dir, FlockOperation::LockExclusive).map_err(failed_errno)?;
+        match std::fs::symlink_metadata(path) {
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return Err(ServerError::NotASocket(path.to_owned()));
+            }
+            Ok(_) => match UnixStream::connect(path) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                    log::info!("replacing the stale socket {}", path.display());
+                    std::fs::remove_file(path).map_err(failed)?;
+                }
+                Ok(_) => return Err(ServerError::InUse(path.to_owned())),
+                Err(e) => return Err(failed(e)),
+            },
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(failed(e)),
+        }
+        let address = SocketAddrUnix::new(path).map_err(failed_errno)?;
+        let socket: OwnedFd = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(failed_errno)?;
+        rustix::net::bind(&socket, &address).map_err(failed_errno)?;
+        // Nobody can connect before listen(), so there is no moment in which
+        // the mode is wrong.
+        rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).map_err(failed_errno)?;
+        rustix::net::listen(&socket, 128).map_err(failed_errno)?;
+        let meta = std::fs::symlink_metadata(path).map_err(failed)?;
+        Ok(Self {
+            socket: socket.into(),
+            path: path.to_owned(),
+            identity: (meta.dev(), meta.ino()),
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
+        if ours && let Err(e) = std::fs::remove_file(&self.path) {
+            log::warn!("cannot remove {}: {e}", self.path.display());
+        }
+    }
+}
+
+/// Where the pool comes from.
+#[derive(Debug)]
+pub enum Start {
+    /// A broker that is ready.
+    Ready(Box<Broker>),
+    /// The first client that resumes brings it.
+    Recover {
+        /// Most regions that may exist at a time.
+        max_regions: usize,
+    },
+}
+
+impl From<Broker> for Start {
+    fn from(broker: Broker) -> Self {
+        Self::Ready(Box::new(broker))
+    }
+}
+
+/// A broker at work. Dropping it stops it.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    accept: Option<JoinHandle<()>>,
+}
+
+/// Stops a server from anywhere.
+#[derive(Clone, Debug)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// Stops the server: connections end, the socket file goes. What guests
+    /// have attached stays theirs; another broker may recover the pool.
+    pub fn stop(&self) {
+        self.0.stop();
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    listener: Mutex<Option<Listener>>,
+    options: Options,
+    max_regions: usize,
+    broker: Mutex<Option<Broker>>,
+    connections: Mutex<HashMap<SessionId, Arc<Connection>>>,
+    count: AtomicUsize,
+    next_thread: AtomicU64,
+    /// Of events; starts at a random number so that an acknowledgement for a
+    /// former broker matches nothing.
+    next_seq: AtomicU64,
+    stopping: AtomicBool,
+    stopped: Mutex<bool>,
+    stop_changed: Condvar,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Server {
+    /// Starts to serve.
+    ///
+    /// # Errors
+    /// [`ServerError::Thread`], [`ServerError::Bind`].
+    pub fn start(
+        listener: Listener,
+        start: impl Into<Start>,
+        options: Options,
+    ) -> Result<Self, ServerError> {
+        let (broker, max_regions) = match start.into() {
+            Start::Ready(broker) => (Some(*broker), 0),
+            Start::Recover { max_regions } => (None, max_regions),
+        };
+        let socket = listener.socket.try_clone().map_err(ServerError::Thread)?;
+        let seed = memory::random_id().map_err(ServerError::Thread)?;
+        let [a, b, c, d, e, f, ..] = seed;
+        let shared = Arc::new(Shared {
+            listener: Mutex::new(Some(listener)),
+            options,
+            max_regions,
+            broker: Mutex::new(broker),
+            connections: Mutex::new(HashMap::new()),
+            count: AtomicUsize::new(0),
+            next_thread: AtomicU64::new(1),
+            next_seq: AtomicU64::new(u64::from_le_bytes([0, a, b, c, d, e, f, 0])),
+            stopping: AtomicBool::new(false),
+            stopped: Mutex::new(false),
+            stop_changed: Condvar::new(),
+        });
+        let accepting = Arc::clone(&shared);
+        let accept = spawn("pool-accept".to_owned(), move || {
+            accept_loop(&accepting, &socket);
+        })
+        .map_err(ServerError::Thread)?;
+        Ok(Self {
+            shared,
+            accept: Some(accept),
+        })
+    }
+
+    /// A handle to stop it with.
+    #[must_use]
+    pub fn stopper(&self) -> Stopper {
+        Stopper(Arc::clone(&self.shared))
+    }
+
+    /// Waits until somebody stops it.
+    pub fn wait(&self) {
+        let mut stopped = lock(&self.shared.stopped);
+        while !*stopped {
+            stopped = self
+                .shared
+                .stop_changed
+                .wait(stopped)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stop();
+        if let Some(accept) = self.accept.take() {
+            let _ = accept.join();
+        }
+        let limit = Instant::now() + Duration::from_secs(3);
+        while self.shared.count.load(Ordering::Acquire) > 0 && Instant::now() < limit {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name)
+        .stack_size(STACK)
+        .spawn(run)
+}
+
+fn accept_loop(shared: &Arc<Shared>, socket: &UnixListener) {
+    loop {
+        let accepted = socket.accept();
+        if shared.stopping() {
+            return;
+        }
+        match accepted {
+            Ok((stream, _)) => shared.admit(stream),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => {
+                // Out of descriptors, most likely: give others time to close.
+                log::warn!("cannot accept a connection: {e}");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+/// A client.
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    /// Held while a frame is written.
+    writer: Mutex<()>,
+    state: Mutex<ConnectionState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct ConnectionState {
+    /// Events that await their acknowledgement.
+    pending: HashSet<u64>,
+    given_up: bool,
+    gone: bool,
+}
+
+impl Connection {
+    fn send(&self, message: &FromBroker) -> Result<(), FrameError> {
+        let bytes = frame::encode(message)?;
+        let _writer = lock(&self.writer);
+        io::Write::write_all(&mut &self.stream, &bytes)?;
+        Ok(())
+    }
+
+    fn given_up(&self) -> bool {
+        lock(&self.state).given_up
+    }
+
+    /// Waits until `done` or the deadline; whether it is done.
+    fn wait(&self, deadline: Instant, done: impl Fn(&ConnectionState) -> bool) -> bool {
+        let mut state = lock(&self.state);
+        loop {
+            if done(&state) {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Waits until the peer has closed, without reading what it sends.
+    fn wait_hangup(&self) {
+        loop {
+            // POLLHUP comes when both directions are shut: ours is.
+            let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+            match rustix::event::poll(&mut fds, None) {
+                Err(Errno::INTR) => {}
+                Err(e) => {
+                    log::error!("cannot watch a client that was given up: {e}");
+                    return;
+                }
+                Ok(_) => return,
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        if let Some(listener) = lock(&self.listener).take() {
+            // Wakes the accepting thread.
+            let _ = rustix::net::shutdown(&listener.socket, rustix::net::Shutdown::Both);
+        }
+        for connection in lock(&self.connections).values() {
+            let _ = connection.stream.shutdown(Shutdown::Both);
+        }
+        *lock(&self.stopped) = true;
+        self.stop_changed.notify_all();
+    }
+
+    /// Starts the threads of a new connection, if there is room for it.
+    fn admit(self: &Arc<Self>, stream: UnixStream) {
+        let count = self.count.fetch_add(1, Ordering::AcqRel);
+        let max = self.options.max_connections;
+        let refuse = |why: Failure| {
+            let bytes = frame::encode(&FromBroker::Refused(why)).unwrap_or_default();
+            let _ = stream.set_nonblocking(true);
+            let _ = io::Write::write_all(&mut &stream, &bytes);
+        };
+        if count >= max {
+            refuse(failure(
+                Errno::USERS,
+                format!("the broker has {max} clients, which is its limit"),
+            ));
+            self.count.fetch_sub(1, Ordering::AcqRel);
+            return;
+        }
+        let number = self.next_thread.fetch_add(1, Ordering::Relaxed);
+        let shared = Arc::clone(self);
+        let run = stream.try_clone().and_then(|stream| {
+            spawn(format!("pool-read-{number}"), move || {
+                shared.serve(stream, number);
+                shared.count.fetch_sub(1, Ordering::AcqRel);
+            })
+        });
+        if let Err(e) = run {
+            log::warn!("cannot serve a connection: {e}");
+            refuse(failure(Errno::AGAIN, "the broker has no thread left"));
+            self.count.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn serve(self: &Arc<Self>, stream: UnixStream, number: u64) {
+        let limit = Some(self.options.io_limit);
+        if stream.set_read_timeout(limit).is_err() || stream.set_write_timeout(limit).is_err() {
+            return;
+        }
+        let connection = Arc::new(Connection {
+            stream,
+            writer: Mutex::new(()),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let session = match self.handshake(&connection) {
+            Ok(session) => session,
+            Err(why) => {
+                log::info!("refused a client: {why}");
+                let _ = connection.send(&FromBroker::Refused(why));
+                return;
+            }
+        };
+        let (sender, receiver) = sync_channel(MAX_QUEUED);
+        let shared = Arc::clone(self);
+        let working = Arc::clone(&connection);
+        let worker = spawn(format!("pool-work-{number}"), move || {
+            shared.work(session, &working, &receiver);
+        });
+        match &worker {
+            Ok(_) => self.read(session, &connection, &sender),
+            Err(e) => self.give_up(
+                session,
+                &connection,
+                failure(Errno::AGAIN, format!("the broker has no thread left: {e}")),
+            ),
+        }
+        if connection.given_up() {
+            connection.wait_hangup();
+        }
+        drop(sender);
+        lock(&connection.state).gone = true;
+        connection.changed.notify_all();
+        // A broker that stops takes nothing from guests that go on.
+        if !self.stopping()
+            && let Some(broker) = lock(&self.broker).as_mut()
+        {
+            broker.disconnect(session);
+        }
+        lock(&self.connections).remove(&session);
+        if let Ok(worker) = worker {
+            let _ = worker.join();
+        }
+    }
+
+    /// Hello and welcome.
+    fn handshake(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<SessionId, Failure> {
+        let broken = |e: FrameError| {
+            let text = format!("no hello that this broker understands: {}", chain(&e));
+            failure(Errno::PROTO, text)
+        };
+        let mut reader = FdReader::new(&connection.stream);
+        let hello = match wire::receive(&mut reader, MAX_REQUEST).map_err(broken)? {
+            ToBroker::Hello(hello) => hello,
+            _ => return Err(failure(Errno::PROTO, "the first message must be a hello")),
+        };
+        if hello.version != VERSION {
+            let text = format!(
+                "the client speaks version {}, the broker {VERSION}; use the same release",
+                hello.version
+            );
+            return Err(failure(Errno::PROTO, text));
+        }
+        let fds = reader.into_fds();
+        // The welcome comes first, whatever others have to say to this client.
+        let writer = lock(&connection.writer);
+        let (session, events, geometry, files) = {
+            let mut guard = lock(&self.broker);
+            let broker = match &mut *guard {
+                Some(broker) => broker,
+                empty => empty.insert(self.recover(&hello, fds)?),
+            };
+            let (session, events) = match &hello.resume {
+                None => (broker.connect(hello.role)?, Vec::new()),
+                Some(resume) => broker.resume(hello.role, resume)?,
+            };
+            lock(&self.connections).insert(session, Arc::clone(connection));
+            (session, events, *broker.geometry(), broker.files())
+        };
+        // `stop` shuts down the connections that it finds in the list.
+        if self.stopping() {
+            let _ = connection.stream.shutdown(Shutdown::Both);
+        }
+        let welcome = FromBroker::Welcome(geometry);
+        let sent = wire::send_with_fds(&connection.stream, &welcome, &files.all())
+            .and_then(|()| Ok(connection.stream.set_read_timeout(None)?));
+        drop(writer);
+        if let Err(e) = sent {
+            // The reader finds the end of the connection.
+            log::info!("a client left during the handshake: {}", chain(&e));
+        }
+        for event in events {
+            // Nobody waits for these: whoever repeats a protection that the
+            // former broker had begun causes an event of its own.
+            let seq = self.next_seq.fetch_add(1, Ordering::Relaxed);
+            let _ = connection.send(&message(&event, seq));
+        }
+        Ok(session)
+    }
+
+    fn recover(self: &Arc<Self>, hello: &Hello, fds: Vec<OwnedFd>) -> Result<Broker, Failure> {
+        let Some(resume) = &hello.resume else {
+            return Err(failure(
+                Errno::AGAIN,
+                "the broker is recovering and waits for a client of the former broker; try again",
+            ));
+        };
+        let files = PoolFiles::from_received(fds).map_err(|e| failure(Errno::BADF, chain(&e)))?;
+        let broker =
+            Broker::recover(files, self.max_regions).map_err(|e| failure(Errno::IO, chain(&e)))?;
+        if broker.geometry().uuid != resume.uuid {
+            let text = "the client's descriptors are not those of the pool that it names";
+            return Err(failure(Errno::BADF, text));
+        }
+        let shared = Arc::clone(self);
+        let deadline = Instant::now() + self.options.grace;
+        spawn("pool-grace".to_owned(), move || shared.end_grace(deadline))
+            .map_err(|e| failure(Errno::AGAIN, e.to_string()))?;
+        log::info!("recovered the pool");
+        Ok(broker)
+    }
+
+    fn end_grace(&self, deadline: Instant) {
+        let mut stopped = lock(&self.stopped);
+        while !*stopped {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(stopped);
+                if let Some(broker) = lock(&self.broker).as_mut() {
+                    broker.end_grace();
+                }
+                return;
+            }
+            stopped = self
+                .stop_changed
+                .wait_timeout(stopped, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Reads frames until the connection ends or the client is given up.
+    fn read(
+        &self,
+        session: SessionId,
+        connection: &Connection,
+        queue: &SyncSender<(u64, Request)>,
+    ) {
+        loop {
+            let received = wire::receive(&mut &connection.stream, MAX_REQUEST);
+            if connection.given_up() {
+                return;
+            }
+            let why = match received {
+                Ok(ToBroker::Request { tag, request }) => {
+                    // A full queue makes the client wait; nobody else.
+                    if queue.send((tag, request)).is_ok() {
+                        continue;
+                    }
+                    failure(Errno::IO, "the broker cannot serve this client any more")
+                }
+                Ok(ToBroker::Ack { seq }) => {
+                    lock(&connection.state).pending.remove(&seq);
+                    connection.changed.notify_all();
+                    continue;
+                }
+                Ok(ToBroker::Hello(_)) => failure(Errno::PROTO, "a second hello"),
+                Err(FrameError::Closed | FrameError::Io(_)) => return,
+                Err(e) => failure(Errno::PROTO, chain(&e)),
+            };
+            self.give_up(session, connection, why);
+            return;
+        }
+    }
+
+    /// Carries out requests in order.
+    fn work(&self, session: SessionId, connection: &Connection, queue: &Receiver<(u64, Request)>) {
+        while let Ok((tag, request)) = queue.recv() {
+            self.wait_settled(&request);
+            let (answer, files) = {
+                let mut guard = lock(&self.broker);
+                let Some(broker) = guard.as_mut() else {
+                    return;
+                };
+                if self.stopping() {
+                    return;
+                }
+                (broker.handle(session, request), broker.files())
+            };
+            if let Some(event) = &answer.invalidate {
+                self.invalidate(event);
+            }
+            let mut result = answer.result;
+            if let (true, Ok(Reply::Region(region))) = (answer.count_resident, &mut result) {
+                region.resident =
+                    memory::resident(files.data(), region.data_off, region.len).unwrap_or(0);
+            }
+            if connection.given_up() {
+                return;
+            }
+            if let Err(e) = connection.send(&FromBroker::Reply { tag, result }) {
+                let text = format!("the client does not read its answers: {}", chain(&e));
+                self.give_up(session, connection, failure(Errno::TIMEDOUT, text));
+                return;
+            }
+        }
+    }
+
+    /// After a recovery, lets a request wait that must reach guests which have
+    /// not resumed yet.
+    fn wait_settled(&self, request: &Request) {
+        let unsettled = || {
+            let guard = lock(&self.broker);
+            guard.as_ref().is_some_and(|b| b.awaits_resume(request))
+        };
+        while !self.stopping() && unsettled() {
+            let stopped = lock(&self.stopped);
+            let pause = Duration::from_millis(20);
+            drop(self.stop_changed.wait_timeout(stopped, pause));
+        }
+    }
+
+    /// Tells clients that rights are gone, and returns when each of them has
+    /// acted on it, or is gone, or was given up and had its time to go.
+    fn invalidate(&self, event: &Invalidate) {
+        let told: Vec<_> = {
+            let connections = lock(&self.connections);
+            event
+                .sessions
+                .iter()
+                .filter_map(|id| Some((*id, Arc::clone(connections.get(id)?))))
+                .map(|(id, c)| (id, c, self.next_seq.fetch_add(1, Ordering::Relaxed)))
+                .collect()
+        };
+        for (_, connection, seq) in &told {
+            lock(&connection.state).pending.insert(*seq);
+            // If it cannot be told, it will not acknowledge.
+            let _ = connection.send(&message(event, *seq));
+        }
+        let deadline = Instant::now() + self.options.ack_limit;
+        let mut late = Vec::new();
+        for (session, connection, seq) in told {
+            if !connection.wait(deadline, |s| s.gone || !s.pending.contains(&seq)) {
+                let text = format!(
+                    "no acknowledgement of event {seq} (region {}) within {:?}",
+                    event.id, self.options.ack_limit
+                );
+                self.give_up(session, &connection, failure(Errno::TIMEDOUT, text));
+                late.push(connection);
+            }
+        }
+        let deadline = Instant::now() + self.options.ack_limit;
+        for connection in late {
+            if !connection.wait(deadline, |s| s.gone) {
+                log::error!("a client that was given up keeps its memory mapped");
+            }
+        }
+    }
+
+    /// Gives a client up; the reader thread watches for its end.
+    fn give_up(&self, session: SessionId, connection: &Connection, why: Failure) {
+        {
+            let mut state = lock(&connection.state);
+            if state.given_up || state.gone {
+                return;
+            }
+            state.given_up = true;
+        }
+        log::warn!("giving client {session} up: {why}");
+        if let Some(broker) = lock(&self.broker).as_mut() {
+            broker.silence(session);
+        }
+        let _ = connection.send(&FromBroker::Refused(why));
+        let _ = connection.stream.shutdown(Shutdown::Write);
+    }
+}
+
+fn message(event: &Invalidate, seq: u64) -> FromBroker {
+    FromBroker::Invalidate {
+        id: event.id,
+        offset: event.offset,
+        len: event.len,
+        seq,
+    }
+}

@@ -1,0 +1,319 @@
+//! A broker process is killed with SIGKILL and another takes the pool over,
+//! while clients go on.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // Helpers of tests.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use mshare_pool::broker::Broker;
+use mshare_pool::client::{Client, Event};
+use mshare_pool::directory::MAX_RECORDS;
+use mshare_pool::layout::PoolConfig;
+use mshare_pool::server::{Listener, Options, Server, Start};
+use mshare_pool::{Policy, Region, Role};
+use mshare_protocol::entry::{Prot, decode_leaf, decode_table};
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const SOCKET: &str = "MSHARE_TEST_BROKER_SOCKET";
+const RECOVER: &str = "MSHARE_TEST_BROKER_RECOVER";
+
+/// Not a test by itself: this binary starts itself again to be a broker.
+#[test]
+#[ignore = "run by the other tests as a process of its own"]
+fn broker_process() {
+    let Some(path) = std::env::var_os(SOCKET) else {
+        return;
+    };
+    let listener = Listener::bind(Path::new(&path)).unwrap();
+    let start = if std::env::var_os(RECOVER).is_some() {
+        Start::Recover {
+            max_regions: MAX_RECORDS,
+        }
+    } else {
+        Broker::new(&PoolConfig::new(512 * MIB)).unwrap().into()
+    };
+    let options = Options {
+        grace: Duration::from_millis(1500),
+        ..Options::default()
+    };
+    Server::start(listener, start, options).unwrap().wait();
+}
+
+/// A broker process; killed when dropped.
+struct Process(Child);
+
+impl Process {
+    fn start(path: &Path, recover: bool) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["--exact", "broker_process", "--ignored", "--nocapture"])
+            .env(SOCKET, path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        if recover {
+            command.env(RECOVER, "1");
+        }
+        Self(command.spawn().unwrap())
+    }
+
+    fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn fresh(path: &Path) -> Process {
+    let process = Process::start(path, false);
+    let limit = Instant::now() + Duration::from_secs(10);
+    while UnixStream::connect(path).is_err() {
+        assert!(Instant::now() < limit, "the broker process does not start");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    process
+}
+
+fn guest(path: &Path, name: &str, policy: Policy) -> (Client, Receiver<Event>) {
+    let (sender, receiver) = channel();
+    let name = name.to_owned();
+    let client = Client::connect(path, Role::Guest { name, policy }, move |event, acker| {
+        if let Event::Invalidate { seq, .. } = event {
+            acker.ack(seq);
+        }
+        let _ = sender.send(event);
+    });
+    (client.unwrap(), receiver)
+}
+
+fn make(client: &Client, name: &[u8], start: u64, len: u64) -> Region {
+    let id = client.create(name, 0o600, 0, 0).unwrap().id;
+    client.size(id, start, len).unwrap();
+    client.attach(id).unwrap()
+}
+
+/// What the tables say about each page, read as a guest reads them.
+fn walk(client: &Client, region: &Region) -> Vec<Prot> {
+    let load = |offset: u64| {
+        let mut word = [0; 8];
+        rustix::io::pread(client.files().tables(), &mut word, offset).unwrap();
+        u64::from_le_bytes(word)
+    };
+    let geometry = client.geometry();
+    (0..region.len / 4096)
+        .map(|page| {
+            let pmd = load(region.table_off + page / 512 * 8);
+            let table = decode_table(pmd).unwrap().expect("every unit has a table");
+            let entry = load(table - geometry.window_gpa + page % 512 * 8);
+            match decode_leaf(entry).unwrap() {
+                None => Prot::None,
+                Some((gpa, prot)) => {
+                    let want =
+                        geometry.window_gpa + geometry.data_off + region.data_off + page * 4096;
+                    assert_eq!(gpa, want);
+                    prot
+                }
+            }
+        })
+        .collect()
+}
+
+fn wait_for(events: &Receiver<Event>, want: &Event) {
+    loop {
+        let event = events.recv_timeout(Duration::from_secs(10)).unwrap();
+        if &event == want {
+            return;
+        }
+        assert!(!matches!(event, Event::Dropped(_)), "{event:?}");
+    }
+}
+
+#[test]
+fn a_killed_broker_is_replaced_and_nothing_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool.sock");
+    let mut first = fresh(&path);
+    let (a, a_events) = guest(&path, "a", Policy::Rw);
+    let (p, p_events) = guest(&path, "p", Policy::Private);
+    let kept = make(&a, b"kept", GIB, 8 * MIB);
+    p.attach(kept.id).unwrap();
+    let unlinked = make(&a, b"unlinked", 2 * GIB, 4 * MIB);
+    a.unlink(b"unlinked", None).unwrap();
+    let half = a.create(b"half", 0o600, 0, 0).unwrap();
+    // A third client that does not come back.
+    let (c, c_events) = guest(&path, "c", Policy::Rw);
+    let lost = make(&c, b"lost", 3 * GIB, 4 * MIB);
+    c.unlink(b"lost", None).unwrap();
+    a.protect(kept.id, 4096, 4 * MIB, Prot::Read).unwrap();
+    rustix::io::pwrite(a.files().data(), b"survives", kept.data_off).unwrap();
+    let before = walk(&a, &kept);
+
+    first.kill();
+    wait_for(&a_events, &Event::Lost);
+    wait_for(&c_events, &Event::Lost);
+    c.close();
+    drop(c);
+    assert_eq!(walk(&p, &kept), before, "tables stay without a broker");
+    // A call made now waits.
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| a.protect(kept.id, 0, 8 * MIB, Prot::None));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!waiting.is_finished());
+        let second = Process::start(&path, true);
+        waiting.join().unwrap().unwrap();
+        wait_for(&a_events, &Event::Resumed);
+        wait_for(&p_events, &Event::Resumed);
+        assert!(walk(&p, &kept).iter().all(|&prot| prot == Prot::None));
+
+        let stat = p.stat(kept.id).unwrap();
+        assert_eq!(
+            (stat.attached.len(), stat.name.as_slice()),
+            (2, &b"kept"[..])
+        );
+        assert_eq!(stat.resident, 4096);
+        let mut buf = [0; 8];
+        rustix::io::pread(p.files().data(), &mut buf, kept.data_off).unwrap();
+        assert_eq!(&buf, b"survives");
+        // What was begun goes on.
+        a.size(half.id, 8 * GIB, 2 * MIB).unwrap();
+        assert_eq!(a.stat(unlinked.id).unwrap().attached, ["a"]);
+        a.detach(unlinked.id).unwrap();
+        // What nobody holds ends with the grace period.
+        let limit = Instant::now() + Duration::from_secs(10);
+        while a.stat(lost.id).is_ok() || a.stat(unlinked.id).is_ok() {
+            assert!(Instant::now() < limit, "unlinked regions must end");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(a.pool_stat().unwrap().data_free, 502 * MIB);
+        let next = a.create(b"next", 0o600, 0, 0).unwrap();
+        assert!(next.id > lost.id, "ids are not used again");
+        drop(second);
+    });
+}
+
+#[test]
+fn brokers_killed_again_and_again_under_load() {
+    const KILLS: usize = 12;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool.sock");
+    let mut broker = fresh(&path);
+    let stop = AtomicBool::new(false);
+    let rounds = AtomicUsize::new(0);
+    let (watcher, _) = guest(&path, "watcher", Policy::Ro);
+    std::thread::scope(|scope| {
+        for n in 0..3u64 {
+            let (path, stop, rounds) = (&path, &stop, &rounds);
+            scope.spawn(move || {
+                let policy = [Policy::Rw, Policy::Private, Policy::Rw][usize::try_from(n).unwrap()];
+                let (client, events) = guest(path, &format!("g{n}"), policy);
+                let name = format!("r{n}");
+                let start = (n + 1) * GIB;
+                let mut last = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    // Each step must succeed, however often the broker dies.
+                    let region = make(&client, name.as_bytes(), start, 6 * MIB);
+                    assert!(region.id > last);
+                    last = region.id;
+                    let mut model = vec![Prot::ReadWrite; 1536];
+                    for (at, pages, prot) in [
+                        (0u64, 1536u64, Prot::Read),
+                        (100, 1000, Prot::None),
+                        (500, 1000, Prot::ReadWrite),
+                        (1, 1, Prot::Read),
+                    ] {
+                        client
+                            .protect(region.id, at * 4096, pages * 4096, prot)
+                            .unwrap();
+                        let range =
+                            usize::try_from(at).unwrap()..usize::try_from(at + pages).unwrap();
+                        model[range].fill(prot);
+                        assert_eq!(walk(&client, &region), model);
+                    }
+                    client.discard(region.id, 0, 4096).unwrap();
+                    client.unlink(name.as_bytes(), Some(region.id)).unwrap();
+                    client.detach(region.id).unwrap();
+                    rounds.fetch_add(1, Ordering::Relaxed);
+                }
+                assert!(!events.try_iter().any(|e| matches!(e, Event::Dropped(_))));
+            });
+        }
+        for kill in 0..KILLS {
+            std::thread::sleep(Duration::from_millis(90 + 37 * (kill as u64 % 5)));
+            broker.kill();
+            broker = Process::start(&path, true);
+            let done = rounds.load(Ordering::Relaxed);
+            let limit = Instant::now() + Duration::from_secs(20);
+            while rounds.load(Ordering::Relaxed) < done + 2 {
+                assert!(Instant::now() < limit, "no progress after kill {kill}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    // The grace of the last recovery may still hold a region.
+    let limit = Instant::now() + Duration::from_secs(10);
+    loop {
+        let stat = watcher.pool_stat().unwrap();
+        if (stat.regions, stat.table_bytes, stat.data_free) == (0, 0, 512 * MIB) {
+            break;
+        }
+        assert!(Instant::now() < limit, "leaked: {stat:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!("{} rounds, {KILLS} kills", rounds.load(Ordering::Relaxed));
+}
+
+#[test]
+fn a_recovering_broker_takes_nothing_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool.sock");
+    let listener = Listener::bind(&path).unwrap();
+    let start = Start::Recover {
+        max_regions: MAX_RECORDS,
+    };
+    let _server = Server::start(listener, start, Options::default()).unwrap();
+    let refused = |resume: Option<mshare_protocol::broker::Resume>,
+                   fds: &[std::os::fd::BorrowedFd<'_>]| {
+        use mshare_protocol::broker::{FromBroker, Hello, ToBroker, VERSION};
+        let stream = UnixStream::connect(&path).unwrap();
+        let hello = ToBroker::Hello(Hello {
+            version: VERSION,
+            role: Role::Admin,
+            resume,
+        });
+        mshare_pool::wire::send_with_fds(&stream, &hello, fds).unwrap();
+        match mshare_protocol::frame::receive(&mut &stream).unwrap() {
+            FromBroker::Refused(why) => why.message,
+            other => panic!("{other:?}"),
+        }
+    };
+    let resume = || {
+        Some(mshare_protocol::broker::Resume {
+            uuid: [9; 16],
+            attached: vec![],
+            created: vec![],
+        })
+    };
+    assert!(refused(None, &[]).contains("recovering"));
+    assert!(refused(resume(), &[]).contains("0 descriptors"));
+    let file = tempfile::tempfile().unwrap();
+    let fd = std::os::fd::AsFd::as_fd(&file);
+    assert!(refused(resume(), &[fd, fd, fd]).contains("seal"));
+    // Right kind of files, but no directory in them; then another pool's.
+    let config = PoolConfig::new(2 * MIB);
+    let empty = mshare_pool::memory::PoolFiles::create(&config.geometry([9; 16]).unwrap()).unwrap();
+    assert!(refused(resume(), &empty.all()).contains("not that of a pool"));
+    let other = Broker::new(&config).unwrap();
+    let message = refused(resume(), &other.files().all());
+    assert!(message.contains("not those of the pool"), "{message}");
+}

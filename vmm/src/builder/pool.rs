@@ -1,0 +1,39 @@
+//! The guest's door to a shared pool.
+
+use std::sync::{Arc, Mutex};
+
+use super::{Builder, Error};
+use crate::arch::{cpuid, layout};
+use crate::devices::virtio::mshare::Mshare;
+use crate::doctor;
+
+impl Builder {
+    /// Joins the pool of the configuration, if there is one.
+    pub(super) fn add_pool(&mut self) -> Result<(), Error> {
+        let Some(pool) = self.config.pool.clone() else {
+            return Ok(());
+        };
+        let name = self.config.name.as_deref().unwrap_or("guest");
+        let tables = pool.policy.tables() && doctor::probe_shared_tables(&self.kvm).shareable();
+        let phys_bits = cpuid::physical_address_bits(&self.features);
+        let ram_end = layout::ram_ranges(self.config.memory.0)
+            .last()
+            .map_or(0, |(base, len)| base + len);
+        let device = Mshare::join(
+            Arc::clone(&self.vm),
+            &pool.socket,
+            name,
+            pool.policy,
+            tables,
+            (ram_end, phys_bits),
+        )?;
+        if device.policy() != pool.policy {
+            eprintln!(
+                "vmm: this host cannot share page tables (`vmm doctor` says why): {name} attaches \
+                 with tables of its own"
+            );
+        }
+        self.add_virtio(Arc::new(Mutex::new(device)))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,408 @@
+//! The device with a real broker, real memslots and a driver that writes
+//! whatever it likes.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+use mshare_pool::admin;
+use mshare_pool::broker::Broker;
+use mshare_pool::client::Client;
+use mshare_pool::layout::PoolConfig;
+use mshare_pool::server::{Listener, Options, Server};
+use mshare_protocol::broker::Policy;
+use mshare_protocol::device::*;
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::{Error, Mshare};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::test_utils::*;
+use crate::vstate::vm::Vm;
+
+const START: u64 = 0x1000_0000_0000;
+const LEN: u64 = 4 << 20;
+const REQ: u64 = BUF;
+const RESP: u64 = BUF + 0x1000;
+
+fn len_of<T>() -> u32 {
+    u32::try_from(size_of::<T>()).unwrap()
+}
+
+struct Pool {
+    admin: Client,
+    socket: PathBuf,
+    vm: Arc<Vm>,
+    _server: Server,
+    _dir: tempfile::TempDir,
+}
+
+impl Pool {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("pool");
+        let broker = Broker::new(&PoolConfig::new(64 << 20)).unwrap();
+        let listener = Listener::bind(&socket).unwrap();
+        let server = Server::start(listener, broker, Options::default()).unwrap();
+        // Memslots are real: this needs /dev/kvm, but runs no guest.
+        let vm = Arc::new(Vm::new(&Kvm::new().unwrap()).unwrap());
+        Self {
+            admin: admin::connect(&socket).unwrap(),
+            socket,
+            vm,
+            _server: server,
+            _dir: dir,
+        }
+    }
+
+    fn join(&self, policy: Policy, tables: bool) -> Result<Mshare, Error> {
+        let place = (1 << 30, 48);
+        Mshare::join(
+            Arc::clone(&self.vm),
+            &self.socket,
+            "g",
+            policy,
+            tables,
+            place,
+        )
+    }
+
+    fn guest(&self, policy: Policy) -> Guest {
+        let device = self.join(policy, true).unwrap();
+        let mut guest = Guest::new(|_| device);
+        guest.boot(0);
+        guest
+    }
+
+    fn attached(&self, name: &[u8]) -> usize {
+        admin::stat(&self.admin, name).unwrap().attached.len()
+    }
+}
+
+fn request(kind: u32) -> virtio_mshare_req {
+    let mut req = virtio_mshare_req::new_zeroed();
+    req.r#type = kind.into();
+    req
+}
+
+fn named(kind: u32, name: &[u8]) -> virtio_mshare_req {
+    let mut req = request(kind);
+    req.name[..name.len()].copy_from_slice(name);
+    req.name_len = u32::try_from(name.len()).unwrap().into();
+    req
+}
+
+fn about(kind: u32, id: u64) -> virtio_mshare_req {
+    let mut req = request(kind);
+    req.id = id.into();
+    req
+}
+
+/// Waits for the device's threads.
+fn used(guest: &mut Guest, queue: usize) -> (u32, u32) {
+    let begun = Instant::now();
+    loop {
+        if let Some(used) = guest.queues[queue].pop_used() {
+            return used;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "no answer");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn call(guest: &mut Guest, req: &virtio_mshare_req) -> virtio_mshare_resp {
+    guest
+        .mem
+        .write_slice(req.as_bytes(), GuestAddress(REQ))
+        .unwrap();
+    let (out, back) = (
+        len_of::<virtio_mshare_req>(),
+        len_of::<virtio_mshare_resp>(),
+    );
+    guest.queues[0].push(&[(REQ, out, 0), (RESP, back, WRITE)]);
+    guest.notify(0);
+    assert_eq!(used(guest, 0).1, back);
+    let mut bytes = [0; size_of::<virtio_mshare_resp>()];
+    guest
+        .mem
+        .read_slice(&mut bytes, GuestAddress(RESP))
+        .unwrap();
+    virtio_mshare_resp::read_from_bytes(&bytes).unwrap()
+}
+
+fn ok(guest: &mut Guest, req: &virtio_mshare_req) -> virtio_mshare_region {
+    let resp = call(guest, req);
+    assert_eq!(resp.status.get(), 0, "{req:?}");
+    resp.region
+}
+
+/// Creates and sizes a region; its id.
+fn region(guest: &mut Guest, name: &[u8]) -> u64 {
+    let mut create = named(VIRTIO_MSHARE_T_CREATE, name);
+    create.mode = 0o600.into();
+    let id = ok(guest, &create).id.get();
+    let mut size = about(VIRTIO_MSHARE_T_SIZE, id);
+    (size.addr, size.len) = (START.into(), LEN.into());
+    ok(guest, &size);
+    id
+}
+
+#[test]
+fn features_and_configuration_follow_policy_and_geometry() {
+    let pool = Pool::new();
+    let bits = |device: &Mshare| device.avail_features();
+    assert_eq!(bits(&pool.join(Policy::Rw, true).unwrap()), 0b111);
+    assert_eq!(bits(&pool.join(Policy::Ro, true).unwrap()), 0b011);
+    assert_eq!(bits(&pool.join(Policy::Private, true).unwrap()), 0b100);
+    assert_eq!(bits(&pool.join(Policy::PrivateRo, true).unwrap()), 0);
+    let reduced = pool.join(Policy::Rw, false).unwrap();
+    assert_eq!((bits(&reduced), reduced.policy()), (0b100, Policy::Private));
+
+    let geometry = pool.admin.geometry();
+    let mut bytes = [0; size_of::<virtio_mshare_config>()];
+    reduced.read_config(0, &mut bytes);
+    let config = virtio_mshare_config::read_from_bytes(&bytes).unwrap();
+    assert_eq!(config.window_gpa.get(), geometry.window_gpa);
+    assert_eq!(config.window_len.get(), geometry.window_len());
+    assert_eq!(config.pool_uuid, geometry.uuid);
+    let shm = reduced.shm_regions();
+    assert_eq!(
+        (shm[0].gpa, shm[0].len),
+        (geometry.window_gpa, geometry.window_len())
+    );
+}
+
+#[test]
+fn window_out_of_reach_is_refused() {
+    let pool = Pool::new();
+    for place in [(1 << 40, 48), (1 << 30, 36)] {
+        let vm = Arc::clone(&pool.vm);
+        let error = Mshare::join(vm, &pool.socket, "g", Policy::Rw, true, place).unwrap_err();
+        assert!(matches!(error, Error::Window { .. }), "{error}");
+    }
+}
+
+#[test]
+fn attach_adds_two_memslots_and_detach_removes_them() {
+    let pool = Pool::new();
+    let mut guest = pool.guest(Policy::Rw);
+    let id = region(&mut guest, b"r");
+    assert_eq!(pool.vm.memslots(), 0);
+    let seen = ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    assert_eq!(pool.vm.memslots(), 2);
+    assert_eq!((seen.start.get(), seen.len.get()), (START, LEN));
+    assert_eq!(
+        seen.flags.get(),
+        VIRTIO_MSHARE_R_SIZED | VIRTIO_MSHARE_R_TABLES
+    );
+    assert_eq!(pool.attached(b"r"), 1);
+    let twice = call(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    assert_ne!(twice.status.get(), 0);
+    assert_eq!(pool.vm.memslots(), 2);
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_DETACH, id));
+    assert_eq!((pool.vm.memslots(), pool.attached(b"r")), (0, 0));
+    let gone = call(&mut guest, &about(VIRTIO_MSHARE_T_DETACH, id));
+    assert_eq!(gone.status.get(), libc::ENOTCONN.unsigned_abs());
+}
+
+#[test]
+fn reset_detaches_everything_and_the_device_comes_back() {
+    let pool = Pool::new();
+    let mut guest = pool.guest(Policy::Rw);
+    let id = region(&mut guest, b"r");
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    guest.write(0x70, 0);
+    assert_eq!(pool.vm.memslots(), 0, "memslots go with the reset itself");
+    guest.boot(0);
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    assert_eq!((pool.vm.memslots(), pool.attached(b"r")), (2, 1));
+}
+
+#[test]
+fn end_of_the_device_detaches_at_the_broker() {
+    let pool = Pool::new();
+    let mut guest = pool.guest(Policy::Rw);
+    let id = region(&mut guest, b"r");
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    drop(guest);
+    let begun = Instant::now();
+    while pool.attached(b"r") != 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn list_pages_through_the_directory() {
+    let pool = Pool::new();
+    for i in 0..10_u64 {
+        let name = format!("region-{i}");
+        admin::create(
+            &pool.admin,
+            name.as_bytes(),
+            0o600,
+            START + (i << 30),
+            2 << 20,
+        )
+        .unwrap();
+    }
+    let mut guest = pool.guest(Policy::Ro);
+    let mut from = 0;
+    let mut names = Vec::new();
+    loop {
+        let req = about(VIRTIO_MSHARE_T_LIST, from);
+        guest
+            .mem
+            .write_slice(req.as_bytes(), GuestAddress(REQ))
+            .unwrap();
+        let back = len_of::<virtio_mshare_list>();
+        guest.queues[0].push(&[(REQ, len_of::<virtio_mshare_req>(), 0), (RESP, back, WRITE)]);
+        guest.notify(0);
+        assert_eq!(used(&mut guest, 0).1, back);
+        let mut bytes = vec![0; size_of::<virtio_mshare_list>()];
+        guest
+            .mem
+            .read_slice(&mut bytes, GuestAddress(RESP))
+            .unwrap();
+        let list = virtio_mshare_list::read_from_bytes(&bytes).unwrap();
+        let count = usize::try_from(list.count.get()).unwrap();
+        for entry in &list.entry[..count] {
+            let len = usize::try_from(entry.name_len.get()).unwrap();
+            names.push(String::from_utf8(entry.name[..len].to_vec()).unwrap());
+            from = entry.id.get() + 1;
+        }
+        if count < VIRTIO_MSHARE_LIST_MAX {
+            break;
+        }
+    }
+    let all: Vec<_> = (0..10).map(|i| format!("region-{i}")).collect();
+    assert_eq!(names, all);
+}
+
+#[test]
+fn private_guest_is_told_and_its_acknowledgement_ends_the_wait() {
+    let pool = Pool::new();
+    let mut guest = pool.guest(Policy::Private);
+    let id = region(&mut guest, b"r");
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    let event = len_of::<virtio_mshare_event>();
+    guest.queues[1].push(&[(RESP + 0x1000, event, WRITE)]);
+    guest.notify(1);
+    let asked = {
+        let admin = admin::connect(&pool.socket).unwrap();
+        thread::spawn(move || {
+            let prot = mshare_protocol::entry::Prot::Read;
+            admin.protect(id, 0, 4096, prot)
+        })
+    };
+    assert_eq!(used(&mut guest, 1).1, event);
+    let mut bytes = [0; size_of::<virtio_mshare_event>()];
+    guest
+        .mem
+        .read_slice(&mut bytes, GuestAddress(RESP + 0x1000))
+        .unwrap();
+    let told = virtio_mshare_event::read_from_bytes(&bytes).unwrap();
+    assert_eq!(told.r#type.get(), VIRTIO_MSHARE_E_INVALIDATE);
+    assert_eq!(
+        (told.id.get(), told.offset.get(), told.len.get()),
+        (id, 0, 4096)
+    );
+    assert!(!asked.is_finished(), "nobody has acknowledged yet");
+    guest
+        .mem
+        .write_obj(told.seq.get(), GuestAddress(RESP))
+        .unwrap();
+    guest.queues[2].push(&[(RESP, len_of::<virtio_mshare_ack>(), 0)]);
+    guest.notify(2);
+    assert_eq!(asked.join().unwrap(), Ok(()));
+    assert_eq!(pool.vm.memslots(), 2);
+}
+
+#[test]
+fn private_guest_that_stays_silent_loses_its_memslots() {
+    let pool = Pool::new();
+    let mut guest = pool.guest(Policy::Private);
+    let id = region(&mut guest, b"r");
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    let prot = mshare_protocol::entry::Prot::Read;
+    assert_eq!(pool.admin.protect(id, 0, 4096, prot), Ok(()));
+    assert_eq!(
+        pool.vm.memslots(),
+        0,
+        "the guest can still use what was revoked"
+    );
+    // It may attach again.
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+}
+
+#[test]
+fn bad_chains_fail_by_themselves() {
+    let pool = Pool::new();
+    let mut guest = pool.guest(Policy::Rw);
+    let (out, back) = (
+        len_of::<virtio_mshare_req>(),
+        len_of::<virtio_mshare_resp>(),
+    );
+    let unknown = request(99);
+    guest
+        .mem
+        .write_slice(unknown.as_bytes(), GuestAddress(REQ))
+        .unwrap();
+    for chain in [
+        vec![(REQ, out, 0)],                               // no room for an answer
+        vec![(REQ, out, 0), (RESP, 4, WRITE)],             // not enough of it
+        vec![(RESP, back, WRITE)],                         // no request
+        vec![(REQ, 8, 0), (RESP, back, WRITE)],            // half of one
+        vec![(u64::MAX - 4, out, 0), (RESP, back, WRITE)], // outside memory
+        vec![(REQ, out, 0), (MEM - 4, back, WRITE)],
+    ] {
+        guest.queues[0].push(&chain);
+        guest.notify(0);
+        let (_, len) = used(&mut guest, 0);
+        assert!(len == 0 || len == back, "{chain:?}");
+    }
+    assert_eq!(
+        call(&mut guest, &unknown).status.get(),
+        libc::EOPNOTSUPP.unsigned_abs()
+    );
+    assert!(!guest.needs_reset());
+}
+
+#[test]
+fn chain_that_loops_ends() {
+    let pool = Pool::new();
+    let mut guest = pool.guest(Policy::Rw);
+    let desc = guest.queues[0].desc();
+    guest.queues[0].write_desc(desc, 0, (REQ, 16, NEXT, 1));
+    guest.queues[0].write_desc(desc, 1, (REQ, 16, NEXT, 0));
+    guest.queues[0].offer(0);
+    guest.notify(0);
+    used(&mut guest, 0);
+    assert!(!guest.needs_reset());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_request_gets_an_answer(kind in 0_u32..13, rest in prop::collection::vec(any::<u8>(), size_of::<virtio_mshare_req>() - 4)) {
+        thread_local! {
+            static POOL: Pool = Pool::new();
+        }
+        POOL.with(|pool| {
+            let mut guest = pool.guest(Policy::Rw);
+            let mut bytes = kind.to_le_bytes().to_vec();
+            bytes.extend(&rest);
+            let req = virtio_mshare_req::read_from_bytes(&bytes).unwrap();
+            if kind != VIRTIO_MSHARE_T_LIST {
+                let status = call(&mut guest, &req).status.get();
+                prop_assert!(status < 4096, "{status}");
+            }
+            prop_assert!(!guest.needs_reset());
+            Ok(())
+        })?;
+    }
+}
