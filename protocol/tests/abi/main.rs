@@ -1,5 +1,5 @@
 //! The device ABI as Rust and as C sees it: the same constants, sizes and
-//! offsets.
+//! offsets, and the kernel series carries exactly the generated header.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -8,6 +8,7 @@ mod header;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::mem::{offset_of, size_of};
+use std::path::Path;
 use std::process::Command;
 
 use mshare_protocol::device::*;
@@ -156,4 +157,43 @@ fn run_c(header: &str, body: &str) -> Facts {
             (name.to_owned(), value.parse().unwrap())
         })
         .collect()
+}
+
+#[test]
+fn kernel_series_carries_the_generated_header() {
+    let patches = Path::new(env!("CARGO_MANIFEST_DIR")).join("../images/kernel/patches");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(&patches).unwrap() {
+        let path = entry.unwrap().path();
+        let patch = std::fs::read_to_string(&path).unwrap();
+        if let Some(text) = added_file(&patch, "include/uapi/linux/virtio_mshare.h") {
+            found.push((path, text));
+        }
+    }
+    let [(path, text)] = found.as_slice() else {
+        panic!("one patch adds the header, not {}", found.len());
+    };
+
+    assert!(
+        *text == header::generate(),
+        "{}: the header differs from the output of \
+         'cargo run -p mshare-protocol --example gen-header'",
+        path.display()
+    );
+}
+
+/// The text of a file that `patch` adds.
+fn added_file(patch: &str, name: &str) -> Option<String> {
+    let start = patch.find(&format!("\n--- /dev/null\n+++ b/{name}\n"))? + 1;
+    let mut text = String::new();
+    for line in patch[start..].lines().skip(3) {
+        match line.strip_prefix('+') {
+            Some(added) => {
+                text.push_str(added);
+                text.push('\n');
+            }
+            None => break,
+        }
+    }
+    Some(text)
 }

@@ -1,0 +1,260 @@
+#!/bin/bash
+# Builds the guest kernel: Debian's linux-source-6.12, the mshare series, our
+# configuration. Equal inputs give byte-identical outputs in any directory.
+#
+# usage: build.sh [default|ablation|debug]
+#   default    the series
+#   ablation   the series and ablation/*.patch: boot parameter mshare_ablate=N
+#              removes one safety element at a time (for tests only)
+#   debug      the series with lock, page-table and lifetime checks
+#
+# environment: MSHARE_CACHE         where results are kept
+#                                   (default ~/.cache/mshare)
+#              MSHARE_LINUX_SOURCE  the source tarball
+#                                   (default /usr/src/linux-source-6.12.tar.xz)
+#
+# The result is $MSHARE_CACHE/kernel/HASH/{bzImage,vmlinux,.config}, and the
+# last line printed is "bzImage=PATH".
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+flavour=${1:-default}
+tarball=${MSHARE_LINUX_SOURCE:-/usr/src/linux-source-6.12.tar.xz}
+cache=${MSHARE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mshare}/kernel
+# Compiler steps of one full build, only to show a percentage.
+steps=1650
+
+say() { printf 'kernel: %s\n' "$*"; }
+die() { printf 'kernel: error: %s\n' "$*" >&2; exit 1; }
+
+case $flavour in
+default | ablation | debug) ;;
+*) die "unknown flavour '$flavour': use default, ablation or debug" ;;
+esac
+
+install_missing() {
+	local missing=() tool
+	declare -A package=([flex]=flex [bison]=bison [bc]=bc [gcc]=gcc
+		[make]=make [patch]=patch [xz]=xz-utils [zstd]=zstd
+		[perl]=perl [flock]=util-linux)
+
+	for tool in "${!package[@]}"; do
+		command -v "$tool" >/dev/null || missing+=("${package[$tool]}")
+	done
+	[ -e /usr/include/libelf.h ] || missing+=(libelf-dev)
+	[ -e "$tarball" ] || [ -n "${MSHARE_LINUX_SOURCE:-}" ] ||
+		missing+=(linux-source-6.12)
+	if [ ${#missing[@]} -gt 0 ]; then
+		[ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
+			die "missing packages: ${missing[*]} (install them, or run as root on Debian)"
+		say "installing ${missing[*]}"
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+			--no-install-recommends "${missing[@]}" >/dev/null
+	fi
+	[ -e "$tarball" ] || die "no source tarball $tarball"
+}
+
+# Hash of everything that a flavour's result depends on. Hashing the tarball
+# takes a second, so its hash is remembered with its size and time.
+input_hash() {
+	local stamp id
+	id=$(stat -c '%n %s %Y' "$tarball")
+	stamp=$cache/tarball.sha256
+	if [ "$(head -n1 "$stamp" 2>/dev/null)" != "$id" ]; then
+		{ echo "$id"; sha256sum <"$tarball"; } >"$stamp.$$"
+		mv "$stamp.$$" "$stamp"
+	fi
+	{
+		echo "$1"
+		tail -n1 "$stamp"
+		gcc -dumpfullversion
+		ld --version | head -n1
+		cd "$here"
+		sha256sum build.sh config patches/*.patch
+		[ "$1" != ablation ] || sha256sum ablation/*.patch
+		[ "$1" != debug ] || sha256sum config-debug
+	} | sha256sum | cut -c1-16
+}
+
+apply() {
+	local p
+	for p in "$@"; do
+		patch -d "$work" -p1 --fuzz=0 --no-backup-if-mismatch -s <"$p" ||
+			die "$(basename "$p") does not apply"
+	done
+}
+
+# Names of the files that the series touches; with "old", of those that are in
+# the tarball.
+touched() {
+	local new='^[-]{3} /dev/null'
+	if [ "${1:-}" = old ]; then
+		comm -23 <(touched) <(cat "$here"/patches/*.patch |
+			grep -A1 -E "$new" | sed -n 's,^+++ b/,,p' | sort -u)
+	else
+		cat "$here"/patches/*.patch | sed -n 's,^+++ b/,,p' | sort -u
+	fi
+}
+
+remember() {
+	touched >"$work/.touched"
+	touched old >"$work/.originals"
+	echo "$base" >"$work/.base"
+}
+
+# What no configuration of ours compiles is not unpacked.
+unpack() {
+	local dir skip=("--exclude=linux-source-6.12/Documentation/devicetree/*")
+	for dir in alpha arc arm arm64 csky hexagon loongarch m68k microblaze \
+		mips nios2 openrisc parisc powerpc riscv s390 sh sparc um xtensa; do
+		skip+=("--exclude=linux-source-6.12/arch/$dir/*.[chS]"
+			"--exclude=linux-source-6.12/arch/$dir/boot/dts/*")
+	done
+	for dir in drivers/gpu drivers/media sound drivers/net/ethernet \
+		drivers/net/wireless drivers/scsi drivers/infiniband \
+		drivers/staging drivers/iio drivers/usb tools/testing \
+		tools/perf; do
+		skip+=("--exclude=linux-source-6.12/$dir/*.[chS]")
+	done
+	rm -rf "$work"
+	mkdir -p "$work"
+	say "unpacking $(basename "$tarball")"
+	tar -C "$work" --strip-components=1 --wildcards "${skip[@]}" -xf "$tarball"
+	say "applying $(ls "$here"/patches/*.patch | wc -l) patches"
+	apply "$here"/patches/*.patch
+	remember
+}
+
+# Turns the tree of an earlier series into the present one. A file that comes
+# out as it was keeps its time, so that make leaves alone what used it.
+update() {
+	local old=$1 saved=$cache/.saved f
+	say "updating the tree of an earlier series"
+	rm -rf "$work" "$saved"
+	cp -a --reflink=auto "$old" "$work"
+	touched | sort -u - "$work/.touched" >"$cache/.files"
+	while read -r f; do
+		[ -e "$work/$f" ] || continue
+		mkdir -p "$saved/$(dirname "$f")"
+		mv "$work/$f" "$saved/$f"
+	done <"$cache/.files"
+	{ touched old; cat "$work/.originals"; } | sort -u |
+		sed 's,^,linux-source-6.12/,' >"$cache/.members"
+	tar -C "$work" --strip-components=1 -xf "$tarball" -T "$cache/.members"
+	apply "$here"/patches/*.patch
+	while read -r f; do
+		if cmp -s "$saved/$f" "$work/$f"; then
+			mv -f "$saved/$f" "$work/$f"
+		elif [ -e "$work/$f" ]; then
+			touch "$work/$f"
+		fi
+	done <"$cache/.files"
+	rm -rf "$saved"
+	remember
+}
+
+configure() {
+	local fragments=("$here/config") line
+	[ "$flavour" != debug ] || fragments+=("$here/config-debug")
+	cat "${fragments[@]}" >"$work/.fragment"
+	kmake -s KCONFIG_ALLCONFIG=.fragment allnoconfig >/dev/null
+	# A symbol that lost its dependencies would vanish in silence.
+	while read -r line; do
+		grep -qxF -- "$line" "$work/.config" ||
+			die "the configuration lost $line"
+	done < <(grep '^CONFIG_.*=y' "$work/.fragment")
+}
+
+kmake() {
+	make -C "$work" -j"$(nproc)" ARCH=x86_64 KBUILD_BUILD_VERSION=1 \
+		KBUILD_BUILD_USER=mshare KBUILD_BUILD_HOST=mshare \
+		KBUILD_BUILD_TIMESTAMP="2026-01-01 00:00:00 UTC" "$@"
+}
+
+progress() {
+	local pid=$1 log=$2 n percent last=-1 start=$SECONDS
+	while kill -0 "$pid" 2>/dev/null; do
+		sleep 3
+		n=$(grep -cE '^  (CC|AS|AR|LD) ' "$log" || true)
+		percent=$((n * 100 / steps))
+		[ $percent -lt 99 ] || percent=99
+		if [ -t 1 ]; then
+			printf '\rkernel: %s %3d%%  %d files, %d s ' \
+				"$flavour" $percent "$n" $((SECONDS - start))
+		elif [ $percent -ge $((last + 5)) ] && [ "$n" -gt 0 ]; then
+			say "$flavour $percent% ($n files, $((SECONDS - start)) s)"
+			last=$percent
+		fi
+	done
+	[ ! -t 1 ] || printf '\r\033[K'
+}
+
+compile() {
+	local log=$cache/build-$flavour.log pid
+	kmake bzImage >"$log" 2>&1 &
+	pid=$!
+	# Interrupted: stop the compilation too.
+	trap 'kill $pid 2>/dev/null || true; exit 130' INT TERM
+	progress $pid "$log"
+	trap - INT TERM
+	wait $pid || {
+		grep -E 'error|Error|warning' "$log" | head -n 20 >&2 || true
+		die "compilation failed, see $log"
+	}
+	! grep -E 'warning:' "$log" >&2 || die "the compiler warned, see $log"
+}
+
+# Results appear under their final name only when they are complete, and only
+# if they are made of what the name says.
+publish() {
+	local out=$cache/$1 tmp=$cache/.new-$1
+	[ "$(input_hash "$flavour")" = "$1" ] ||
+		die "the series or the configuration was changed during the build: run it again"
+	rm -rf "$tmp"
+	mkdir -p "$tmp"
+	cp "$work/arch/x86/boot/bzImage" "$work/vmlinux" "$work/.config" "$tmp/"
+	mv -T "$tmp" "$out"
+}
+
+mkdir -p "$cache"
+install_missing
+hash=$(input_hash "$flavour")
+out=$cache/$hash
+if [ ! -d "$out" ]; then
+	exec 9>"$cache/lock"
+	flock -n 9 || { say "another build is running, waiting"; flock 9; }
+fi
+if [ -d "$out" ]; then
+	say "up to date ($hash)"
+	echo "bzImage=$out/bzImage"
+	exit 0
+fi
+
+# All flavours are compiled in one place, so that the finished tree of the
+# default flavour, put back there, is up to date for make.
+work=$cache/work
+tree=$cache/tree-$(input_hash default)
+base="$(tail -n1 "$cache/tarball.sha256") $(gcc -dumpfullversion)"
+earlier=$(find "$cache" -maxdepth 1 -name 'tree-*' | head -n1)
+if [ "$flavour" != default ] && [ -d "$tree" ]; then
+	say "starting from the default flavour's tree"
+	rm -rf "$work"
+	cp -a --reflink=auto "$tree" "$work"
+elif [ "$flavour" = default ] && [ -n "$earlier" ] &&
+	[ "$(cat "$earlier/.base")" = "$base" ]; then
+	update "$earlier"
+else
+	unpack
+fi
+[ "$flavour" != ablation ] || apply "$here"/ablation/*.patch
+configure
+compile
+publish "$hash"
+if [ "$flavour" = default ]; then
+	rm -rf "$cache"/tree-*
+	mv -T "$work" "$tree"
+else
+	rm -rf "$work"
+fi
+say "built $flavour ($hash) in $SECONDS s"
+echo "bzImage=$out/bzImage"

@@ -1,0 +1,89 @@
+#!/bin/bash
+# Checks the kernel series: every patch applies without fuzz, is clean under
+# checkpatch --strict, and leaves a tree whose changed files compile without a
+# warning, for sparse too. Builds the default flavour first if there is none.
+#
+# usage: check.sh
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+tarball=${MSHARE_LINUX_SOURCE:-/usr/src/linux-source-6.12.tar.xz}
+cache=${MSHARE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mshare}/kernel
+work=$cache/check
+objects='^(mm|kernel|drivers)/.*\.c$'
+failed=0
+
+say() { printf 'check: %s\n' "$*"; }
+fail() { printf 'check: FAILED: %s\n' "$*" >&2; failed=1; }
+
+"$here/build.sh"
+tree=$(find "$cache" -maxdepth 1 -name 'tree-*' | head -n1)
+
+say "preparing a tree without the series"
+rm -rf "$work"
+cp -a --reflink=auto "$tree" "$work"
+(cd "$work" && xargs rm -f <.touched)
+sed 's,^,linux-source-6.12/,' "$work/.originals" >"$cache/.members"
+tar -C "$work" --strip-components=1 -xf "$tarball" -T "$cache/.members"
+
+checker=()
+if command -v sparse >/dev/null; then
+	checker=(C=2)
+else
+	say "no sparse here: skipping it"
+fi
+
+# With users of MMU notifiers, NUMA and HMM, which our configuration lacks.
+{
+	cat "$here/config"
+	printf 'CONFIG_%s=y\n' NUMA TRANSPARENT_HUGEPAGE VIRTUALIZATION KVM \
+		DEVICE_PRIVATE DEBUG_KERNEL RUNTIME_TESTING_MENU TEST_HMM
+} >"$work/.fragment"
+
+configure() {
+	make -C "$work" -s ARCH=x86_64 KCONFIG_ALLCONFIG=.fragment \
+		allnoconfig >/dev/null
+}
+
+# What compiler and sparse say about an object, without line numbers.
+complaints() {
+	make -C "$work" -s -k -j"$(nproc)" ARCH=x86_64 W=1 "${checker[@]}" \
+		"$@" 2>&1 | grep -E 'warning|error|\*\*\*' |
+		sed -E 's/:[0-9]+:[0-9]+: /: /' | sort -u || true
+}
+
+say "what the base complains about"
+configure
+mapfile -t existing < <(grep -E "$objects" "$work/.originals" |
+	sed 's/\.c$/.o/')
+complaints "${existing[@]}" >"$cache/.complaints"
+
+for p in "$here"/patches/*.patch; do
+	name=$(basename "$p")
+	if ! patch -d "$work" -p1 --fuzz=0 -s <"$p"; then
+		fail "$name does not apply"
+		break
+	fi
+	(cd "$work" && perl scripts/checkpatch.pl --strict --terse \
+		--no-summary "$p") || fail "$name: checkpatch"
+
+	# A header's users are those that the series brings.
+	files=$(sed -n 's,^+++ b/,,p' "$p")
+	case $files in
+	*.h*) files+=$'\n'$(cd "$work" &&
+		ls mm/mshare*.c drivers/virtio/virtio_mshare*.c 2>/dev/null ||
+		true) ;;
+	esac
+	mapfile -t targets < <(sort -u <<<"$files" | grep -E "$objects" |
+		sed 's/\.c$/.o/')
+	if [ ${#targets[@]} -gt 0 ]; then
+		configure
+		new=$(complaints "${targets[@]}" |
+			comm -23 - "$cache/.complaints")
+		[ -z "$new" ] || fail "$name: $new"
+	fi
+	say "$name"
+done
+rm -rf "$work"
+[ $failed = 0 ] || exit 1
+say "all $(ls "$here"/patches/*.patch | wc -l) patches are clean"

@@ -1,0 +1,21 @@
+//! The demo; `make demo` builds what it needs and runs it where guests run.
+
+use std::process::ExitCode;
+
+use mshare_tests::demo;
+use mshare_tests::guests::Images;
+
+fn main() -> ExitCode {
+    let images = match Images::from_env() {
+        Ok(images) => images,
+        Err(error) => {
+            eprintln!("demo: {error}; start it with `make demo`");
+            return ExitCode::FAILURE;
+        }
+    };
+    if demo::run(&images) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

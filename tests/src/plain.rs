@@ -1,0 +1,215 @@
+//! Boots a kernel and an initramfs under plain emulation, without KVM, VMM or
+//! lab: for what needs a guest kernel only.
+
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::qemu::{Channel, QEMU, Qemu};
+
+/// The line by which the guest agent tells the status of its command
+/// (`agent.exec=` on the kernel command line).
+pub const AGENT_EXIT: &str = "agent: exit ";
+/// I/O port of the device that ends the emulator (`isa-debug-exit`).
+pub const EXIT_PORT: u16 = 0xf4;
+/// A guest writes this plus its status, at most 0x6f, to [`EXIT_PORT`]: lower
+/// values would look like failures of the emulator.
+pub const EXIT_BASE: u8 = 0x10;
+
+const PANIC: &str = "Kernel panic - not syncing";
+/// How long a guest has to power off once the agent has told the status. A small
+/// kernel cannot power this machine off, it halts.
+const POWER_OFF_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A boot to be made.
+#[derive(Debug, Clone)]
+pub struct Boot {
+    /// The kernel: a bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line. `console=ttyS0 panic=-1` goes before it.
+    pub append: String,
+    /// Emulated CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Time for all of it.
+    pub timeout: Duration,
+}
+
+/// How a boot ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Booted {
+    /// The status the guest told, by [`EXIT_PORT`] or by an [`AGENT_EXIT`] line.
+    pub status: Option<u8>,
+    /// Whether the kernel panicked.
+    pub panicked: bool,
+    /// Everything the console said; other than UTF-8 replaced.
+    pub console: String,
+}
+
+/// Why a boot has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The emulator cannot be started.
+    #[error("cannot start {QEMU} (Debian package qemu-system-x86)")]
+    Start(#[source] io::Error),
+    /// The emulator stopped by itself.
+    #[error("{QEMU} failed: {0}")]
+    Emulator(String),
+    /// The machine has been ended from here.
+    #[error("the guest was not done after {after:.0?}; its console:\n{console}")]
+    TimedOut {
+        /// The time it had.
+        after: Duration,
+        /// What its console said.
+        console: String,
+    },
+}
+
+impl Boot {
+    /// A boot with 2 CPUs, 1 GiB and two minutes.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: kernel.into(),
+            initramfs: None,
+            append: String::new(),
+            cpus: 2,
+            memory_mib: 1024,
+            timeout: Duration::from_secs(120),
+        }
+    }
+
+    /// Boots and waits for the end. `console` gets the console as it comes.
+    pub fn run(&self, mut console: impl FnMut(&[u8])) -> Result<Booted, BootError> {
+        let channel = Channel::new("console").map_err(BootError::Start)?;
+        let mut qemu =
+            Qemu::start(self.command(&channel), &[&channel], &[]).map_err(BootError::Start)?;
+        let complaints = qemu.messages().map(|mut messages| {
+            thread::spawn(move || {
+                let mut text = String::new();
+                // What came before an error is all there is.
+                let _ = messages.read_to_string(&mut text);
+                text
+            })
+        });
+        let (send, receive) = mpsc::channel();
+        let mut stream = channel.into_ours();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(len @ 1..) = stream.read(&mut buffer) {
+                if send.send(buffer[..len].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+
+        let mut deadline = Instant::now() + self.timeout;
+        let mut told_status = false;
+        let mut all = Vec::new();
+        loop {
+            match receive.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(data) => {
+                    console(&data);
+                    all.extend(data);
+                    if !told_status && agent_status(&String::from_utf8_lossy(&all)).is_some() {
+                        told_status = true;
+                        deadline = deadline.min(Instant::now() + POWER_OFF_PATIENCE);
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if told_status => {
+                    qemu.end().map_err(BootError::Start)?;
+                    let console = String::from_utf8_lossy(&all).into_owned();
+                    return Ok(Booted {
+                        status: agent_status(&console),
+                        panicked: console.contains(PANIC),
+                        console,
+                    });
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(BootError::TimedOut {
+                        after: self.timeout,
+                        console: String::from_utf8_lossy(&all).into_owned(),
+                    });
+                }
+            }
+        }
+        let status = qemu.wait().map_err(BootError::Start)?;
+        let console = String::from_utf8_lossy(&all).into_owned();
+        match status.code() {
+            Some(0) => {}
+            Some(code) if code > i32::from(EXIT_BASE) * 2 => {}
+            _ => {
+                let said = complaints.and_then(|thread| thread.join().ok());
+                let said = said.unwrap_or_default();
+                return Err(BootError::Emulator(format!("{status}: {}", said.trim())));
+            }
+        }
+        Ok(Booted {
+            status: told(status.code().unwrap_or(0), &console),
+            panicked: console.contains(PANIC),
+            console,
+        })
+    }
+
+    fn command(&self, console: &Channel) -> Command {
+        let mut command = Command::new(QEMU);
+        command
+            .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"])
+            .args(["-smp", &self.cpus.to_string()])
+            .args(["-m", &self.memory_mib.to_string()])
+            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none"])
+            .args(["-device", &format!("isa-debug-exit,iobase={EXIT_PORT:#x}")])
+            .args(["-chardev", &console.chardev()])
+            .args(["-serial", "chardev:console"])
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .args([
+                "-append",
+                &format!("console=ttyS0 panic=-1 {}", self.append),
+            ]);
+        if let Some(initramfs) = &self.initramfs {
+            command.arg("-initrd").arg(initramfs);
+        }
+        command
+    }
+}
+
+/// The guest's status: from the exit device, which makes the emulator return
+/// twice the value written plus one, else from the agent's last word.
+fn told(code: i32, console: &str) -> Option<u8> {
+    if code != 0 {
+        return u8::try_from(code >> 1).ok()?.checked_sub(EXIT_BASE);
+    }
+    agent_status(console)
+}
+
+/// The status in the agent's last word, if that line is complete.
+fn agent_status(console: &str) -> Option<u8> {
+    let (complete, _) = console.rsplit_once('\n')?;
+    complete
+        .lines()
+        .rev()
+        .find_map(|line| line.split_once(AGENT_EXIT))
+        .and_then(|(_, status)| status.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_comes_from_the_device_or_from_the_agent() {
+        assert_eq!(told((0x13 << 1) | 1, ""), Some(3));
+        assert_eq!(told(0, "agent: ready\r\nagent: exit 7\r\n"), Some(7));
+        assert_eq!(told(0, "[    1.0] agent: exit 0\n"), Some(0));
+        assert_eq!(told(0, "agent: exit 1"), None, "the line may go on");
+        assert_eq!(told(0, "Kernel panic - not syncing"), None);
+    }
+}

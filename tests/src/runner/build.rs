@@ -1,0 +1,112 @@
+//! What has to be there before a guest can start.
+
+use std::path::PathBuf;
+use std::thread::{self, JoinHandle};
+
+use super::command::{build, command, pass, stream};
+use super::{RunnerError, project};
+use crate::artifacts::Artifacts;
+use crate::initramfs;
+use crate::lab::LabKernel;
+
+/// The slow things, under way while cargo compiles.
+#[derive(Debug)]
+pub struct Background {
+    kernels: JoinHandle<Result<Kernels, RunnerError>>,
+    lab: JoinHandle<Result<LabKernel, RunnerError>>,
+}
+
+/// Guest kernels.
+#[derive(Debug)]
+pub struct Kernels {
+    /// The series.
+    pub default: PathBuf,
+    /// The series, with safety elements that can be taken out.
+    pub ablation: Option<PathBuf>,
+}
+
+impl Background {
+    /// Starts building the guest kernel, with `ablation` that flavour too, and
+    /// fetching the lab's.
+    pub fn start(ablation: bool) -> Self {
+        let kernels = move || {
+            Ok(Kernels {
+                default: guest_kernel("default")?,
+                ablation: ablation.then(|| guest_kernel("ablation")).transpose()?,
+            })
+        };
+        Self {
+            kernels: thread::spawn(kernels),
+            lab: thread::spawn(|| {
+                LabKernel::find(|line| println!("lab: {line}")).map_err(RunnerError::LabKernel)
+            }),
+        }
+    }
+
+    /// Waits for the guest kernels and for the lab's.
+    pub fn finish(self) -> (Result<Kernels, RunnerError>, Result<LabKernel, RunnerError>) {
+        let died = || RunnerError::Failed("a thread of the runner".into());
+        (
+            self.kernels.join().unwrap_or_else(|_| Err(died())),
+            self.lab.join().unwrap_or_else(|_| Err(died())),
+        )
+    }
+}
+
+/// Builds a flavour of the guest kernel, or finds that it is up to date.
+fn guest_kernel(flavour: &str) -> Result<PathBuf, RunnerError> {
+    let script = project().join("images/kernel/build.sh");
+    let script = script.to_string_lossy();
+    let mut build = command("nice", &["-n", "5", "bash", &script, flavour]);
+    let mut image = None;
+    let built = stream(&mut build, |line| {
+        let text = String::from_utf8_lossy(line);
+        match text.trim_end().strip_prefix("bzImage=") {
+            Some(path) => image = Some(PathBuf::from(path)),
+            None => pass(line),
+        }
+    })?;
+    match image {
+        Some(image) if built => Ok(image),
+        _ => Err(RunnerError::Failed(format!(
+            "images/kernel/build.sh {flavour}"
+        ))),
+    }
+}
+
+/// Compiles the workspace and returns its programs, by name.
+pub fn programs() -> Result<Vec<(String, PathBuf)>, RunnerError> {
+    build(&["build", "--workspace", "--bins"])
+}
+
+/// One of the programs.
+pub fn program(programs: &[(String, PathBuf)], name: &str) -> Result<PathBuf, RunnerError> {
+    programs
+        .iter()
+        .find(|(known, _)| known == name)
+        .map(|(_, path)| path.clone())
+        .ok_or_else(|| RunnerError::NoProgram(name.to_owned()))
+}
+
+/// Puts the initramfs together and names all that a guest needs.
+pub fn artifacts(
+    programs: &[(String, PathBuf)],
+    kernels: Kernels,
+) -> Result<Artifacts, RunnerError> {
+    let agent = program(programs, "guest-agent")?;
+    let packed = initramfs::build(&agent, &[]).map_err(RunnerError::Initramfs)?;
+    let state = if packed.up_to_date {
+        "up to date"
+    } else {
+        "packed"
+    };
+    println!("initramfs: {state}");
+    Ok(Artifacts {
+        vmm: program(programs, "vmm")?,
+        // The build puts it beside the bzImage.
+        vmlinux: kernels.default.with_file_name("vmlinux"),
+        kernel: kernels.default,
+        initramfs: packed.path,
+        ablation: kernels.ablation,
+    })
+}

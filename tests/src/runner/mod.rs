@@ -1,0 +1,286 @@
+//! The runner behind the Makefile: builds what is missing, runs the checks and
+//! tests, or a program that needs guests, here or in the lab.
+
+mod build;
+mod command;
+mod place;
+mod tally;
+
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::artifacts::Artifacts;
+use crate::initramfs::InitramfsError;
+use crate::lab::{KernelError, LabError};
+use crate::report::chain;
+use build::{Background, Kernels};
+use command::{cargo, pass, stream};
+use place::Said;
+use tally::Reader;
+
+pub use place::LabSize;
+pub use tally::Tally;
+
+/// What went wrong on the way to a result.
+#[derive(Debug, thiserror::Error)]
+pub enum RunnerError {
+    /// A program cannot be started.
+    #[error("cannot run {program}")]
+    Spawn {
+        /// The program.
+        program: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A program failed, and has said why.
+    #[error("{0} failed")]
+    Failed(String),
+    /// A stage lacks what it needs.
+    #[error("not run: {0}")]
+    NotRun(&'static str),
+    /// A program is not part of the workspace.
+    #[error("the workspace has no program '{0}'")]
+    NoProgram(String),
+    /// No kernel for the lab.
+    #[error("the lab has no kernel")]
+    LabKernel(#[source] KernelError),
+    /// The lab failed.
+    #[error(transparent)]
+    Lab(LabError),
+    /// No initramfs.
+    #[error("the guests have no initramfs")]
+    Initramfs(#[source] InitramfsError),
+}
+
+/// Test programs that run where guests run: `tiny` needs KVM only.
+const GUEST_TESTS: [&str; 2] = ["tiny", "guest"];
+
+/// How to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Use the lab even where guests could run here.
+    pub force_lab: bool,
+    /// The lab's machine.
+    pub lab: LabSize,
+}
+
+/// The folder of the workspace.
+fn project() -> &'static Path {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests)
+}
+
+/// Results so far, by stage.
+#[derive(Debug, Default)]
+struct Stages {
+    done: Vec<(&'static str, Tally, Duration, Option<String>)>,
+}
+
+impl Stages {
+    /// Runs a stage. An error is one failure, with its reason in the summary.
+    fn run(&mut self, name: &'static str, stage: impl FnOnce() -> Result<Tally, RunnerError>) {
+        println!("\n--- {name}");
+        let start = Instant::now();
+        let (tally, reason) = match stage() {
+            Ok(tally) => (tally, None),
+            Err(error) => {
+                let reason = chain(&error);
+                println!("{name}: {reason}");
+                (Tally::check(false), Some(reason))
+            }
+        };
+        self.done.push((name, tally, start.elapsed(), reason));
+    }
+
+    /// Notes that a stage could not run: one failure.
+    fn cannot(&mut self, name: &'static str, reason: &'static str) {
+        self.run(name, || Err(RunnerError::NotRun(reason)));
+    }
+
+    /// Prints the summary. The last line is the total.
+    fn conclude(&self) -> bool {
+        println!("\n--- summary");
+        let mut total = Tally::default();
+        for (name, tally, took, reason) in &self.done {
+            total += *tally;
+            let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
+            print!(
+                "{name:<14} {verdict:<7} {tally:<24} {:>5} s",
+                took.as_secs()
+            );
+            if tally.ignored > 0 {
+                print!("  ({} ignored)", tally.ignored);
+            }
+            // Only the first line: the rest has been printed above.
+            match reason.as_deref().and_then(|reason| reason.lines().next()) {
+                Some(reason) => println!("  {reason}"),
+                None => println!(),
+            }
+        }
+        println!("{total}");
+        total.failed == 0
+    }
+}
+
+/// All checks and tests; `quick` leaves out what starts machines. Returns
+/// whether everything passed.
+pub fn test(options: Options, quick: bool) -> bool {
+    let mut stages = Stages::default();
+    let background = (!quick).then(|| Background::start(true));
+    stages.run("format", || check(&["fmt", "--all", "--", "--check"]));
+    stages.run("lint", lint);
+    stages.run("unit tests", || {
+        tests(&["test", "--workspace", "--all-features"])
+    });
+    if let Some(background) = background {
+        machines(&mut stages, options, background);
+    }
+    stages.conclude()
+}
+
+/// The stages that start machines.
+fn machines(stages: &mut Stages, options: Options, background: Background) {
+    println!("\nwaiting for the guest kernels and the lab's kernel");
+    let (kernels, lab) = background.finish();
+    let mut guest_kernels = None;
+    stages.run("guest kernels", || {
+        guest_kernels = Some(kernels?);
+        Ok(Tally::check(true))
+    });
+    stages.run("lab", || {
+        lab?;
+        tests(&[
+            "test",
+            "-p",
+            "mshare-tests",
+            "--test",
+            "lab",
+            "--",
+            "--test-threads=1",
+        ])
+    });
+    match guest_kernels {
+        Some(kernels) => stages.run("guests", || guests(options, kernels, &[])),
+        None => stages.cannot("guests", "there is no guest kernel"),
+    }
+}
+
+/// The guest tests only, `filter` being arguments of the test program. Returns
+/// whether they passed.
+pub fn guest_tests(options: Options, filter: &[String]) -> bool {
+    let mut stages = Stages::default();
+    stages.run("guests", || {
+        let (kernels, lab) = Background::start(true).finish();
+        lab?;
+        guests(options, kernels?, filter)
+    });
+    stages.conclude()
+}
+
+/// Runs a program of the workspace where guests run, and returns its status.
+pub fn tool(options: Options, name: &str, arguments: &[String]) -> Result<i32, RunnerError> {
+    let background = Background::start(false);
+    let programs = build::programs();
+    let (kernels, lab) = background.finish();
+    lab?;
+    let programs = programs?;
+    let program = build::program(&programs, name)?;
+    let artifacts = build::artifacts(&programs, kernels?)?;
+    let place = place::choose(&artifacts.vmm, options.force_lab)?;
+    println!();
+    place::run(
+        place,
+        options.lab,
+        &artifacts,
+        &program,
+        arguments,
+        &mut |_| {},
+    )
+}
+
+/// Builds everything and says where it is.
+pub fn build_all() -> Result<Artifacts, RunnerError> {
+    let background = Background::start(false);
+    let programs = build::programs();
+    let (kernels, lab) = background.finish();
+    lab?;
+    build::artifacts(&programs?, kernels?)
+}
+
+fn check(arguments: &[&str]) -> Result<Tally, RunnerError> {
+    stream(&mut cargo(arguments), pass).map(Tally::check)
+}
+
+/// Clippy on everything; targets that are left out of a plain `cargo test` are
+/// left out by `--all-targets` too and have to be named.
+fn lint() -> Result<Tally, RunnerError> {
+    let mut tally = Tally::default();
+    let mut named = vec!["-p", "mshare-tests", "--test", "lab"];
+    for name in GUEST_TESTS {
+        named.extend(["--test", name]);
+    }
+    for targets in [vec!["--workspace", "--all-targets"], named] {
+        let mut arguments = vec!["clippy"];
+        arguments.extend(targets);
+        arguments.extend(["--all-features", "--", "-D", "warnings"]);
+        tally += check(&arguments)?;
+    }
+    Ok(tally)
+}
+
+/// Runs tests by cargo and counts them.
+fn tests(arguments: &[&str]) -> Result<Tally, RunnerError> {
+    let mut reader = Reader::default();
+    // A failing program does not keep the others from running.
+    let mut arguments = arguments.to_vec();
+    arguments.insert(1, "--no-fail-fast");
+    let success = stream(&mut cargo(&arguments), |line| {
+        pass(line);
+        reader.take(line);
+    })?;
+    Ok(reader.end(success))
+}
+
+/// Runs the test programs that need guests, where guests run.
+fn guests(options: Options, kernels: Kernels, filter: &[String]) -> Result<Tally, RunnerError> {
+    let programs = build::programs()?;
+    let artifacts = build::artifacts(&programs, kernels)?;
+    let mut arguments = vec!["test", "--no-run", "-p", "mshare-tests"];
+    for name in GUEST_TESTS {
+        arguments.extend(["--test", name]);
+    }
+    let tests = command::build(&arguments)?;
+    let place = place::choose(&artifacts.vmm, options.force_lab)?;
+    let mut arguments = vec!["--test-threads=1".to_owned()];
+    arguments.extend_from_slice(filter);
+    let mut tally = Tally::default();
+    for name in GUEST_TESTS {
+        let program = build::program(&tests, name)?;
+        let mut reader = Reader::default();
+        let run = place::run(
+            place,
+            options.lab,
+            &artifacts,
+            &program,
+            &arguments,
+            &mut |said| match said {
+                Said::Output(bytes) => reader.take(bytes),
+                Said::Again => reader = Reader::default(),
+            },
+        );
+        // What was counted before a lab died counts, and its death is a failure.
+        tally += match run {
+            Ok(status) => reader.end(status == 0),
+            Err(error) => {
+                println!("{name}: {}", chain(&error));
+                reader.end(false)
+            }
+        };
+    }
+    if tally == Tally::default() {
+        return Err(RunnerError::NotRun("no guest test was selected"));
+    }
+    Ok(tally)
+}

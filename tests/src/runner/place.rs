@@ -1,0 +1,157 @@
+//! Where guests run: on this machine, or in the lab.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use super::RunnerError;
+use super::command::{command, pass, stream};
+use crate::artifacts::Artifacts;
+use crate::lab::{Ended, Event, Lab};
+
+/// Exit status of `vmm doctor`: guests can share page tables here.
+const SHARED_TABLES: i32 = 0;
+/// Exit status of `vmm doctor`: guests run, but cannot share page tables.
+const NO_SHARED_TABLES: i32 = 20;
+/// Exit status of `vmm doctor`: Linux guests cannot run here.
+const NO_GUESTS: i32 = 21;
+
+/// Where guests run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// This machine.
+    Here,
+    /// The lab.
+    Lab,
+}
+
+/// The machine of a lab run.
+#[derive(Debug, Clone, Copy)]
+pub struct LabSize {
+    /// CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Time for a run.
+    pub timeout: Duration,
+}
+
+/// Asks `vmm doctor` whether guests can share tables here; `force_lab` decides
+/// without asking.
+pub fn choose(vmm: &Path, force_lab: bool) -> Result<Place, RunnerError> {
+    if force_lab {
+        println!("guests run in the lab, as asked");
+        return Ok(Place::Lab);
+    }
+    let status = Command::new(vmm)
+        .arg("doctor")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .map_err(|source| RunnerError::Spawn {
+            program: vmm.display().to_string(),
+            source,
+        })?;
+    match status.code() {
+        Some(SHARED_TABLES) => {
+            println!("guests run on this machine (vmm doctor: tables can be shared)");
+            Ok(Place::Here)
+        }
+        Some(NO_SHARED_TABLES | NO_GUESTS) => {
+            println!(
+                "guests run in the lab: this machine's KVM cannot share page tables \
+                 ('make doctor' tells why)"
+            );
+            Ok(Place::Lab)
+        }
+        _ => Err(RunnerError::Failed(format!("vmm doctor ({status})"))),
+    }
+}
+
+/// What a program in its place says and does.
+#[derive(Debug)]
+pub enum Said<'a> {
+    /// Bytes of standard output.
+    Output(&'a [u8]),
+    /// All output so far is void: the run begins again.
+    Again,
+}
+
+/// Runs a program where guests run. Returns its status as a shell would.
+pub fn run(
+    place: Place,
+    size: LabSize,
+    artifacts: &Artifacts,
+    program: &Path,
+    arguments: &[String],
+    said: &mut dyn FnMut(Said<'_>),
+) -> Result<i32, RunnerError> {
+    match place {
+        Place::Here => {
+            let mut command = command(&program.to_string_lossy(), &[]);
+            command.args(arguments).envs(artifacts.env());
+            let done = stream(&mut command, |line| {
+                pass(line);
+                said(Said::Output(line));
+            })?;
+            Ok(i32::from(!done))
+        }
+        Place::Lab => in_lab(size, artifacts, program, arguments, said),
+    }
+}
+
+fn in_lab(
+    size: LabSize,
+    artifacts: &Artifacts,
+    program: &Path,
+    arguments: &[String],
+    said: &mut dyn FnMut(Said<'_>),
+) -> Result<i32, RunnerError> {
+    let name = program.file_name().unwrap_or(program.as_os_str());
+    let command = format!("/bin/{}", name.to_string_lossy());
+    let mut argv = vec![command.clone()];
+    argv.extend_from_slice(arguments);
+    let mut lab = Lab::new(argv);
+    lab.cpus = size.cpus;
+    lab.memory_mib = size.memory_mib;
+    lab.timeout = Some(size.timeout);
+    lab.files.push((program.to_owned(), command));
+    for (name, here, there) in artifacts.places() {
+        lab.env.push((name.to_owned(), there.to_owned()));
+        lab.files.push((here.to_owned(), there.to_owned()));
+    }
+    for name in ["RUST_BACKTRACE", "RUST_LOG"] {
+        if let Ok(value) = std::env::var(name) {
+            lab.env.push((name.to_owned(), value));
+        }
+    }
+    let outcome = lab
+        .run(&mut |event| match event {
+            Event::Started(hello, took) => println!(
+                "lab: Linux {}, {} CPUs, {} MiB, npt and tdp_mmu on, up in {:.1} s",
+                hello.kernel,
+                hello.cpus,
+                size.memory_mib,
+                took.as_secs_f64()
+            ),
+            Event::Stdout(data) => {
+                pass(data);
+                said(Said::Output(data));
+            }
+            Event::Stderr(data) => pass(data),
+            Event::Note(line) => println!("lab: {line}"),
+            Event::Console(_) => {}
+            Event::Retry(count) => {
+                println!(
+                    "lab: died of the emulator's known race (Oops: int3); starting again, \
+                     retry {count}; what it printed so far does not count"
+                );
+                said(Said::Again);
+            }
+        })
+        .map_err(RunnerError::Lab)?;
+    Ok(match outcome.ended {
+        Ended::Exited(code) => code,
+        Ended::Signaled(signal) => 128 + signal,
+    })
+}

@@ -1,0 +1,146 @@
+//! Runs without one safety element of the guest's kernel: what the element
+//! prevents must be seen. The switches are those of `images/kernel/ablation`.
+
+use mshare_pool::layout::PoolConfig;
+use mshare_protocol::agent::{Map, MemOp, Op, Probe, SpinKind, Value};
+use mshare_tests::guests::{Guest, Images, Options};
+
+use crate::common::*;
+
+const LEN: u64 = 16 * MIB;
+
+/// What `mshare_ablate=` takes away.
+#[derive(Clone, Copy, Debug)]
+enum Without {
+    Nothing = 0,
+    Stride = 1 << 0,
+    DirectMap = 1 << 2,
+    ReadOnlyLink = 1 << 5,
+    ZapOnInvalidate = 1 << 6,
+}
+
+fn pool() -> Pool {
+    let images = Images::ablation_from_env().unwrap();
+    Pool::with(&PoolConfig::new(GIB), images)
+}
+
+fn guest(pool: &Pool, name: &str, policy: &str, without: Without) -> Guest {
+    let options = Options::new(name)
+        .pool(&pool.socket(), policy)
+        .cmdline(&format!("mshare_ablate={}", without as u32));
+    pool.start(&options)
+}
+
+fn write_through_read_only_attachment(without: Without) -> Option<i32> {
+    let pool = pool();
+    let mut a = guest(&pool, "a", "rw", without);
+    a.agent.create("pool/r", START, LEN).unwrap();
+    a.agent
+        .start_group("ro", 1, Some(Map::attach_ro("pool/r")))
+        .unwrap();
+    let signal = try_access(&mut a, "ro", 0, true);
+    assert_eq!(load(&mut a, "ro", 0), 0);
+    signal
+}
+
+#[test]
+fn link_with_rw_lets_the_write_of_a_read_only_attachment_through() {
+    let intact = write_through_read_only_attachment(Without::Nothing);
+    assert_eq!(intact, Some(libc::SIGSEGV));
+    assert_eq!(
+        write_through_read_only_attachment(Without::ReadOnlyLink),
+        None
+    );
+}
+
+/// Whether a private guest still writes after its right was taken away.
+fn private_guest_writes_on(without: Without) -> bool {
+    let pool = pool();
+    let mut p = guest(&pool, "p", "private", without);
+    p.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    let spin = at(0, MemOp::Spin(SpinKind::Write));
+    p.agent.run_one("w", 0, spin).unwrap();
+    eventually("the guest writes", || pool.word("r", 0) > 1000);
+    let id = pool.admin.lookup(b"r").unwrap().id;
+    let read = mshare_protocol::entry::Prot::Read;
+    pool.admin.protect(id, 0, PAGE, read).unwrap();
+    let at_return = pool.word("r", 0);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let writes_on = pool.word("r", 0) != at_return;
+    let value = p.agent.run_one("w", 0, Op::SpinStop).unwrap();
+    assert!(
+        matches!(value, Value::Spin(s) if s.fault.is_none() == writes_on),
+        "{value:?}"
+    );
+    writes_on
+}
+
+#[test]
+fn private_guest_that_ignores_invalidate_writes_on() {
+    assert!(!private_guest_writes_on(Without::Nothing));
+    assert!(private_guest_writes_on(Without::ZapOnInvalidate));
+}
+
+/// Complaints of a kernel after an attempt to pin a page of a region.
+fn complaints_about_pinning(without: Without) -> Vec<String> {
+    let pool = pool();
+    let mut a = guest(&pool, "a", "rw", without);
+    a.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    store(&mut a, "w", 0, 1);
+    let direct = Probe::ODirectRead {
+        path: "/dev/ram0".to_owned(),
+        len: 4096,
+    };
+    // The worker may not survive it.
+    let _ = a.agent.run("w", at(0, MemOp::Probe(direct)));
+    a.agent.complaints().unwrap()
+}
+
+#[test]
+fn tables_outside_the_direct_map_make_gup_fast_oops() {
+    let intact = complaints_about_pinning(Without::Nothing);
+    assert!(intact.is_empty(), "{intact:?}");
+    assert!(!complaints_about_pinning(Without::DirectMap).is_empty());
+}
+
+/// Accesses of another thread after `munmap` had returned.
+fn accesses_after_munmap(without: Without) -> u64 {
+    let pool = pool();
+    let mut a = guest(&pool, "a", "rw", without);
+    let mut most = 0;
+    for round in 0..10 {
+        let group = format!("w{round}");
+        let map = if round == 0 {
+            Map::create("pool/r", START, LEN)
+        } else {
+            Map::attach("pool/r")
+        };
+        a.agent.start_group(&group, 1, Some(map)).unwrap();
+        // A page that a flush of the region's first page does not cover.
+        let spin = at(5 * PAGE, MemOp::Spin(SpinKind::Read));
+        a.agent.run_one(&group, 0, spin).unwrap();
+        let unmap = at(0, MemOp::Probe(Probe::Munmap { len: GIB }));
+        match a.agent.run_one(&group, 0, unmap).unwrap() {
+            Value::Probe(probed) => {
+                assert_eq!(probed.ret, 0, "{probed:?}");
+                most = most.max(probed.extra);
+            }
+            other => panic!("{other:?}"),
+        }
+        a.agent.stop_group(&group).unwrap();
+    }
+    most
+}
+
+#[test]
+fn flush_with_the_stride_of_a_link_lets_another_thread_read_on() {
+    // One access may be in flight when munmap returns.
+    assert!(accesses_after_munmap(Without::Nothing) <= 1);
+    let stale = accesses_after_munmap(Without::Stride);
+    println!("one INVLPG for the GiB: {stale} accesses after munmap");
+    assert!(stale > 1, "the stride makes no difference here");
+}

@@ -1,0 +1,178 @@
+//! A broker of its own: what outlives it, and what `vmm pool` shows.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use mshare_protocol::agent::{Map, Op};
+use mshare_tests::guests::{Guest, Images, Options, Process};
+
+use crate::common::*;
+
+const LEN: u64 = 16 * MIB;
+
+fn vmm_pool(images: &Images, socket: &Path, args: &[&str]) -> Output {
+    Command::new(&images.vmm)
+        .arg("pool")
+        .args(args)
+        .arg("--socket")
+        .arg(socket)
+        .output()
+        .unwrap()
+}
+
+fn text(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// A broker in a process of its own, ready to answer.
+fn broker(images: &Images, dir: &Path, args: &[&str]) -> Process {
+    let socket = dir.join("pool");
+    let mut command = Command::new(&images.vmm);
+    command.arg("pool").arg("--socket").arg(&socket).args(args);
+    Process::start("broker", dir, command).unwrap()
+}
+
+#[test]
+fn guests_outlive_their_broker_and_the_next_one_goes_on() {
+    let images = Images::from_env().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("pool");
+    let mut first = broker(&images, dir.path(), &["--size", "1G"]);
+    eventually("the broker answers", || {
+        mshare_pool::admin::connect(&socket).is_ok()
+    });
+    let options = |name: &str| Options::new(name).pool(&socket, "rw");
+    let mut a = Guest::start(&images, dir.path(), &options("a")).unwrap();
+    let mut b = Guest::start(&images, dir.path(), &options("b")).unwrap();
+    a.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    b.agent
+        .start_group("w", 1, Some(Map::attach("pool/r")))
+        .unwrap();
+    store(&mut a, "w", 0, 11);
+
+    first.kill().unwrap();
+
+    // No guest notices, and what is asked of the broker waits.
+    assert_eq!(load(&mut b, "w", 0), 11);
+    store(&mut b, "w", 0, 12);
+    assert_eq!(load(&mut a, "w", 0), 12);
+    let mut waiting = a.second_agent().unwrap();
+    let asked = std::thread::spawn(move || {
+        waiting.region(mshare_protocol::agent::RegionOp::Protect {
+            name: "pool/r".to_owned(),
+            offset: 0,
+            len: PAGE,
+            prot: 1,
+        })
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!asked.is_finished(), "who has answered?");
+
+    let _second = broker(&images, dir.path(), &["--recover"]);
+    asked.join().unwrap().unwrap();
+
+    assert_eq!(try_access(&mut b, "w", 0, true), Some(libc::SIGSEGV));
+    assert_eq!(load(&mut b, "w", 0), 12);
+    let admin = mshare_pool::admin::connect(&socket).unwrap();
+    eventually("both guests are attached again", || {
+        mshare_pool::admin::stat(&admin, b"r")
+            .unwrap()
+            .attached
+            .len()
+            == 2
+    });
+    a.agent.create("pool/s", START + GIB, LEN).unwrap();
+    a.agent.stop_group("w").unwrap();
+    b.agent.stop_group("w").unwrap();
+    assert_quiet(&mut a);
+    assert_quiet(&mut b);
+}
+
+#[test]
+fn second_broker_at_one_socket_is_refused_and_a_stale_socket_is_not() {
+    let images = Images::from_env().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("pool");
+    let mut first = broker(&images, dir.path(), &["--size", "4M"]);
+    eventually("the broker answers", || {
+        mshare_pool::admin::connect(&socket).is_ok()
+    });
+    let refused = vmm_pool(&images, &socket, &["--size", "4M"]);
+    assert_eq!(refused.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(message.contains("already serves"), "{message}");
+    first.kill().unwrap();
+    let _next = broker(&images, dir.path(), &["--size", "4M"]);
+    eventually("the next broker answers", || {
+        mshare_pool::admin::connect(&socket).is_ok()
+    });
+}
+
+#[test]
+fn vmm_pool_shows_fills_reads_and_removes() {
+    let pool = Pool::new();
+    let mut a = pool.guest("a", "rw");
+    a.agent
+        .start_group("w", 1, Some(Map::create("pool/cache", START, LEN)))
+        .unwrap();
+    let run = |args: &[&str]| vmm_pool(&pool.images, &pool.socket(), args);
+    let list = text(&run(&["ls"]));
+    assert!(
+        list.contains("cache") && list.contains("16 MiB") && list.contains('a'),
+        "{list}"
+    );
+
+    let file = pool.dir.path().join("data");
+    std::fs::write(&file, [0x77; 4096]).unwrap();
+    text(&run(&[
+        "fill",
+        "cache",
+        file.to_str().unwrap(),
+        "--offset",
+        "8192",
+    ]));
+    assert_eq!(load(&mut a, "w", 8192), 0x7777_7777_7777_7777);
+    let read = run(&["read", "cache", "--offset", "8192", "--len", "4096"]);
+    assert_eq!(read.stdout, [0x77; 4096]);
+
+    text(&run(&[
+        "protect", "cache", "r", "--offset", "0", "--len", "4096",
+    ]));
+    assert_eq!(try_access(&mut a, "w", 0, true), Some(libc::SIGSEGV));
+    let stat = text(&run(&["stat", "cache"]));
+    assert!(
+        stat.contains("0x100000000000") && stat.contains("guests    a"),
+        "{stat}"
+    );
+    let json = text(&run(&["stat", "--json"]));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["regions"], 1);
+
+    text(&run(&["rm", "cache"]));
+    let gone = run(&["stat", "cache"]);
+    assert_eq!(gone.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&gone.stderr).contains("cache"),
+        "{gone:?}"
+    );
+    assert_eq!(
+        load(&mut a, "w", 8192),
+        0x7777_7777_7777_7777,
+        "the attachment stays"
+    );
+}
+
+#[test]
+fn region_made_by_the_host_is_attached_by_guests() {
+    let pool = Pool::new();
+    mshare_pool::admin::create(&pool.admin, b"host", 0o666, START, LEN).unwrap();
+    let mut a = pool.guest("a", "rw");
+    let names = a.agent.list_dir("/sys/fs/mshare/pool").unwrap();
+    assert_eq!(names, ["host"]);
+    let map = Map::attach("pool/host");
+    a.agent.once(Op::Map { slot: 0, map }).unwrap();
+}
