@@ -250,6 +250,30 @@ fn forked_child_inherits_the_attachment_and_exec_drops_it() {
 }
 
 #[test]
+fn munmap_stops_another_thread_before_it_returns() {
+    let pool = Pool::new();
+    let [_a, mut b] = pair(&pool);
+    for round in 0..5 {
+        let group = format!("m{round}");
+        b.agent
+            .start_group(&group, 1, Some(Map::attach("pool/r")))
+            .unwrap();
+        // A page that a flush of the region's first page would not cover.
+        let spin = at(5 * PAGE, MemOp::Spin(SpinKind::Read));
+        b.agent.run_one(&group, 0, spin).unwrap();
+        let unmap = at(0, MemOp::Probe(Probe::Munmap { len: GIB }));
+        let value = b.agent.run_one(&group, 0, unmap).unwrap();
+        // One access may be in flight when the call returns.
+        assert!(
+            matches!(value, Value::Probe(p) if p.ret == 0 && p.extra <= 1),
+            "{value:?}"
+        );
+        b.agent.stop_group(&group).unwrap();
+    }
+    assert_quiet(&mut b);
+}
+
+#[test]
 fn creator_may_leave_first() {
     let pool = Pool::new();
     let [mut a, mut b] = pair(&pool);

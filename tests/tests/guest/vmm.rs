@@ -1,10 +1,15 @@
 //! The VMM as a user meets it: boots, ends, devices, bad input.
 
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::ptr::null_mut;
 use std::time::Duration;
 
 use mshare_tests::guests::{Guest, Images, Options};
+use rustix::termios::{LocalModes, tcgetattr};
 
 use crate::common::*;
 
@@ -90,36 +95,70 @@ fn vsock_carries_bulk_data_both_ways() {
     assert!(guest.agent.read_file("/tmp/data").unwrap() == data);
 }
 
+/// A new pseudo-terminal: the person's end and the program's end.
+fn pty() -> (File, OwnedFd) {
+    let (mut person, mut program) = (-1, -1);
+    // SAFETY: the pointers are valid for the call, and null is allowed for the
+    // rest.
+    let result = unsafe {
+        libc::openpty(
+            &raw mut person,
+            &raw mut program,
+            null_mut(),
+            null_mut(),
+            null_mut(),
+        )
+    };
+    assert_eq!(result, 0, "no pseudo-terminal");
+    // SAFETY: both descriptors are new and belong to nobody else.
+    unsafe { (File::from_raw_fd(person), OwnedFd::from_raw_fd(program)) }
+}
+
+/// Reads from the console until `words` have come.
+fn read_until(console: &mut File, words: &str) {
+    let mut seen = Vec::new();
+    let mut buffer = [0; 4096];
+    while !String::from_utf8_lossy(&seen).contains(words) {
+        let n = console.read(&mut buffer).unwrap();
+        assert_ne!(n, 0, "{}", String::from_utf8_lossy(&seen));
+        seen.extend_from_slice(&buffer[..n]);
+    }
+}
+
 #[test]
-fn console_takes_typed_input_and_ctrl_a_x_ends_the_run() {
+fn console_takes_typed_input_ends_by_key_and_leaves_the_terminal_as_it_was() {
     let images = Images::from_env().unwrap();
-    let mut child = Command::new(&images.vmm)
+    let (mut person, program) = pty();
+    let local = || tcgetattr(&program).unwrap().local_modes;
+    let before = local();
+    let mut command = Command::new(&images.vmm);
+    // As a login would: the terminal is the child's own.
+    // SAFETY: both calls may be made between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0);
+            Ok(())
+        });
+    }
+    let mut child = command
         .arg("--kernel")
         .arg(&images.kernel)
         .arg("--initrd")
         .arg(&images.initrd)
         .args(["--memory", "256M"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
+        .stdin(program.try_clone().unwrap())
+        .stdout(program.try_clone().unwrap())
         .spawn()
         .unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    let mut seen = Vec::new();
-    let mut buffer = [0; 4096];
-    while !String::from_utf8_lossy(&seen).contains("agent: ready") {
-        let n = stdout.read(&mut buffer).unwrap();
-        assert_ne!(n, 0, "{}", String::from_utf8_lossy(&seen));
-        seen.extend_from_slice(&buffer[..n]);
-    }
-    stdin.write_all(b"typed by a person\r").unwrap();
-    while !String::from_utf8_lossy(&seen).contains("typed by a person") {
-        let n = stdout.read(&mut buffer).unwrap();
-        assert_ne!(n, 0, "{}", String::from_utf8_lossy(&seen));
-        seen.extend_from_slice(&buffer[..n]);
-    }
-    stdin.write_all(&[1, b'x']).unwrap();
+    read_until(&mut person, "agent: ready");
+    assert!(!local().contains(LocalModes::ECHO), "not in raw mode");
+    person.write_all(b"typed by a person\r").unwrap();
+    // The guest's terminal echoes it.
+    read_until(&mut person, "typed by a person");
+    person.write_all(&[1, b'x']).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(19));
+    assert_eq!(local(), before);
 }
 
 #[test]
