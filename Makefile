@@ -4,7 +4,8 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 cache := $(or $(MSHARE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mshare)
-runner := cargo run -q -p mshare-tests --bin runner --
+# Not quiet: on a fresh machine this compiles the workspace, which takes minutes.
+runner := cargo run -p mshare-tests --bin runner --
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-quick doctor clean clean-cache prepare

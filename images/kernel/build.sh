@@ -166,9 +166,7 @@ configure() {
 }
 
 kmake() {
-	make -C "$work" -j"$(nproc)" ARCH=x86_64 KBUILD_BUILD_VERSION=1 \
-		KBUILD_BUILD_USER=mshare KBUILD_BUILD_HOST=mshare \
-		KBUILD_BUILD_TIMESTAMP="2026-01-01 00:00:00 UTC" "$@"
+	make "${makeargs[@]}" "$@"
 }
 
 progress() {
@@ -191,10 +189,10 @@ progress() {
 
 compile() {
 	local log=$cache/build-$flavour.log pid
-	kmake bzImage >"$log" 2>&1 &
+	# Without a shell in between: make stops its children when it is told to.
+	make "${makeargs[@]}" bzImage >"$log" 2>&1 &
 	pid=$!
-	# Interrupted: stop the compilation too.
-	trap 'kill $pid 2>/dev/null || true; exit 130' INT TERM
+	trap 'kill $pid 2>/dev/null || true; wait $pid || true; exit 130' INT TERM
 	progress $pid "$log"
 	trap - INT TERM
 	wait $pid || {
@@ -233,6 +231,9 @@ fi
 # All flavours are compiled in one place, so that the finished tree of the
 # default flavour, put back there, is up to date for make.
 work=$cache/work
+makeargs=(-C "$work" "-j$(nproc)" ARCH=x86_64 KBUILD_BUILD_VERSION=1
+	KBUILD_BUILD_USER=mshare KBUILD_BUILD_HOST=mshare
+	"KBUILD_BUILD_TIMESTAMP=2026-01-01 00:00:00 UTC")
 tree=$cache/tree-$(input_hash default)
 base="$(tail -n1 "$cache/tarball.sha256") $(gcc -dumpfullversion)"
 earlier=$(find "$cache" -maxdepth 1 -name 'tree-*' | head -n1)

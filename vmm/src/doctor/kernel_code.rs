@@ -15,6 +15,11 @@ use crate::arch::cpuid;
 /// A probe takes a few milliseconds where code runs well; the limit is for a
 /// guest that hangs, and leaves room for a busy host.
 const LIMIT: Duration = Duration::from_millis(600);
+/// The second try, after a time-out: on a host that busy a refusal would be
+/// wrong, and one that hangs is found out all the same.
+const PATIENT_LIMIT: Duration = Duration::from_secs(5);
+/// What is said of an instruction that did not come back in time.
+const TIMED_OUT: &str = "it does not come back";
 /// Kernel code that runs slower is being interpreted.
 const INTERPRETED_BELOW_MIPS: f64 = 20.0;
 /// Instructions of the speed check: the loop below, two per turn.
@@ -155,6 +160,11 @@ impl KernelCode {
             .collect()
     }
 
+    fn timed_out(&self) -> bool {
+        let timed_out = Outcome::Fails(TIMED_OUT.to_owned());
+        self.instructions.iter().any(|i| i.1 == timed_out)
+    }
+
     /// Whether kernel code is too slow to be run by hardware.
     pub fn interpreted(&self) -> bool {
         self.mips.is_some_and(|mips| mips < INTERPRETED_BELOW_MIPS)
@@ -163,19 +173,28 @@ impl KernelCode {
 
 /// Probes kernel-mode code.
 pub fn probe(kvm: &Kvm) -> KernelCode {
+    let result = probe_within(kvm, LIMIT);
+    if result.timed_out() {
+        log::info!("a probe guest was not done in {LIMIT:?}; trying once more");
+        return probe_within(kvm, PATIENT_LIMIT);
+    }
+    result
+}
+
+fn probe_within(kvm: &Kvm, limit: Duration) -> KernelCode {
     let mut result = KernelCode {
         instructions: Vec::new(),
         keeps_xcr0: None,
         mips: None,
         error: None,
     };
-    if let Err(error) = run(kvm, &mut result) {
+    if let Err(error) = run(kvm, limit, &mut result) {
         result.error = Some(error.to_string());
     }
     result
 }
 
-fn run(kvm: &Kvm, result: &mut KernelCode) -> io::Result<()> {
+fn run(kvm: &Kvm, limit: Duration, result: &mut KernelCode) -> io::Result<()> {
     let supported = cpuid::supported(kvm).map_err(io::Error::other)?;
     let has = |needs: &CpuidBit| {
         supported.iter().any(|e| {
@@ -191,7 +210,7 @@ fn run(kvm: &Kvm, result: &mut KernelCode) -> io::Result<()> {
     } else {
         0
     };
-    let mut guest = TinyGuest::new(kvm, LIMIT)?;
+    let mut guest = TinyGuest::new(kvm, limit)?;
     // One stretch of code: a snippet that reports falls through to the next.
     let mut code = Vec::new();
     let mut starts = Vec::new();
@@ -235,7 +254,7 @@ fn outcome(stop: Stop) -> Outcome {
         Stop::Ok(_) => Outcome::Works,
         Stop::Exception(vector) => Outcome::Fails(format!("exception {vector}")),
         Stop::InternalError => Outcome::Fails("KVM cannot interpret it".into()),
-        Stop::TimeOut => Outcome::Fails("it does not come back".into()),
+        Stop::TimeOut => Outcome::Fails(TIMED_OUT.into()),
         Stop::Other(what) => Outcome::Fails(what),
     }
 }

@@ -18,6 +18,8 @@ use serde::Serialize;
 use super::guest::{CODE, Mode, PROBE_PMD, PROBE_PTE, PROBE_VA, Stop, TinyGuest};
 
 const LIMIT: Duration = Duration::from_millis(300);
+/// The second try, when the first had no answer: the host may just be busy.
+const PATIENT_LIMIT: Duration = Duration::from_secs(3);
 /// Reads before and after each edit, and edits.
 const READS: usize = 3;
 const ROUNDS: u64 = 4;
@@ -76,7 +78,12 @@ pub fn probe(kvm: &Kvm) -> Tables {
         kernel_version(),
         parameter.as_ref().map(|(_, on)| *on),
     );
-    let edits = probe_edits(kvm).unwrap_or_else(|e| Edits::Unknown(e.to_string()));
+    let try_edits =
+        |limit| probe_edits(kvm, limit).unwrap_or_else(|e| Edits::Unknown(e.to_string()));
+    let mut edits = try_edits(LIMIT);
+    if matches!(edits, Edits::Unknown(_)) {
+        edits = try_edits(PATIENT_LIMIT);
+    }
     Tables {
         pre_fault_memory,
         module_parameter: parameter.map(|(text, _)| text),
@@ -118,8 +125,8 @@ fn module_parameter() -> Option<(String, bool)> {
         })
 }
 
-fn probe_edits(kvm: &Kvm) -> io::Result<Edits> {
-    let mut guest = TinyGuest::new(kvm, LIMIT)?;
+fn probe_edits(kvm: &Kvm, limit: Duration) -> io::Result<Edits> {
+    let mut guest = TinyGuest::new(kvm, limit)?;
     let edits = edit(&mut guest)?;
     guest.retire();
     Ok(edits)
