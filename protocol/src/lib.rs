@@ -8,6 +8,7 @@
 //! * `broker`: the messages between a pool's broker and its clients (VMMs and
 //!   `vmm pool`).
 //! * `agent`: the messages between the host and the agent inside a guest.
+//! * `frame`: how messages go over a stream; `report`: how errors are told.
 
 #![cfg_attr(not(feature = "std"), no_std)]
 
@@ -20,3 +21,5 @@ pub mod agent;
 pub mod broker;
 #[cfg(feature = "std")]
 pub mod frame;
+#[cfg(feature = "std")]
+pub mod report;

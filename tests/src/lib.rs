@@ -11,6 +11,5 @@ pub mod initramfs;
 pub mod lab;
 pub mod plain;
 mod qemu;
-pub mod report;
 pub mod runner;
 pub mod tiny;

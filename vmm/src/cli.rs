@@ -10,6 +10,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mshare_protocol::report::chain;
 
 use crate::exit::{EXIT_STATUS_HELP, ExitStatus};
 use crate::signals::Signals;
@@ -114,22 +115,6 @@ impl<E: Into<Box<dyn Error>>> From<E> for Failure {
     }
 }
 
-/// An error and its causes in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        // A wrapper that repeats its cause adds nothing.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        next = cause.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,14 +139,5 @@ mod tests {
         assert!(Cli::try_parse_from(["vmm", "--kernel", "k"]).is_ok());
         assert!(Cli::try_parse_from(["vmm", "doctor"]).is_ok());
         assert!(Cli::try_parse_from(["vmm", "--kernel", "k", "doctor"]).is_err());
-    }
-
-    #[test]
-    fn chain_names_each_cause_once() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("outer")]
-        struct Outer(#[source] std::io::Error);
-        let error = Outer(std::io::Error::other("inner"));
-        assert_eq!(chain(&error), "outer: inner");
     }
 }

@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use mshare_protocol::report::chain;
 use mshare_tests::lab::{self, Ended, Event, Lab, LabError};
-use mshare_tests::report::chain;
 
 const STATUS_HELP: &str = "\
 Exit status: that of COMMAND, 128+N when signal N ended it; 124 at a time-out,

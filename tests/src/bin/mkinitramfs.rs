@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use mshare_protocol::report::chain;
 use mshare_tests::initramfs;
-use mshare_tests::report::chain;
 
 /// Pack the guest agent into an initramfs, kept in the cache.
 #[derive(Debug, Parser)]

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use mshare_protocol::report::chain;
 use mshare_tests::lab;
-use mshare_tests::report::chain;
 use mshare_tests::runner::{self, LabSize, Options, RunnerError};
 
 /// Build, test and show this project.

@@ -10,6 +10,8 @@ mod steps;
 use std::fmt::Display;
 use std::io::Write as _;
 
+use mshare_protocol::report::chain;
+
 use crate::guests::Images;
 
 /// Bytes of the region that the demo shares.
@@ -69,17 +71,6 @@ pub(crate) fn say(line: impl Display) {
     // A reader that is gone does not change what the demo finds.
     let _ = writeln!(out, "{line}");
     let _ = out.flush();
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 /// Runs the demo; true if every step held.

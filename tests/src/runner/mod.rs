@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use crate::artifacts::Artifacts;
 use crate::initramfs::InitramfsError;
 use crate::lab::{KernelError, LabError};
-use crate::report::chain;
+use mshare_protocol::report::chain;
+
 use build::{Background, Kernels};
 use command::{cargo, pass, stream};
 use place::Said;

@@ -14,11 +14,12 @@ use mshare_protocol::broker::{
     Failure, Geometry, Policy, PoolStat, Region, Reply, Request, Resume, Role,
 };
 use mshare_protocol::entry::{PAGE_SIZE, Prot};
+use mshare_protocol::report::chain;
 use rustix::io::Errno;
 
 use crate::directory::{Counts, Directory, DirectoryError, Entry, Intent, OpenError, State};
 use crate::editor::{EditError, Tables, page_range};
-use crate::failure::{chain, failure, show};
+use crate::failure::{failure, show};
 use crate::layout::{LayoutError, PoolConfig};
 use crate::memory::{self, MemoryError, PoolFiles, SharedFile};
 

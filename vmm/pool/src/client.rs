@@ -23,9 +23,10 @@ use mshare_protocol::broker::{
 };
 use mshare_protocol::entry::Prot;
 use mshare_protocol::frame::{self, MAX_FRAME};
+use mshare_protocol::report::chain;
 use rustix::io::Errno;
 
-use crate::failure::{chain, failure, is};
+use crate::failure::{failure, is};
 use crate::memory::PoolFiles;
 pub use crate::session::ClientError;
 use crate::session::{self, Held};

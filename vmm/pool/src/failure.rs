@@ -12,18 +12,6 @@ pub(crate) fn failure(errno: Errno, message: impl Into<String>) -> Failure {
     }
 }
 
-/// An error with all its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
-}
-
 /// Whether `failure` carries `errno`.
 pub(crate) fn is(failure: &Failure, errno: Errno) -> bool {
     failure.errno == errno.raw_os_error()

@@ -29,13 +29,14 @@ use std::time::{Duration, Instant};
 
 use mshare_protocol::broker::{Failure, FromBroker, Hello, Reply, Request, ToBroker, VERSION};
 use mshare_protocol::frame::{self, FrameError};
+use mshare_protocol::report::chain;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::broker::{Broker, Invalidate, SessionId};
-use crate::failure::{chain, failure};
+use crate::failure::failure;
 use crate::memory::{self, PoolFiles};
 use crate::wire::{self, FdReader};
 

@@ -11,6 +11,7 @@ use mshare_protocol::device::{
     VIRTIO_MSHARE_LIST_MAX, VIRTIO_MSHARE_NAME_LEN, virtio_mshare_ack, virtio_mshare_list,
     virtio_mshare_req, virtio_mshare_resp,
 };
+use mshare_protocol::report::chain;
 use rustix::event::{PollFd, PollFlags, poll};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -241,7 +242,7 @@ impl Service {
         let attachment = match shown {
             Ok(attachment) => attachment,
             Err(error) => {
-                log::error!("{}", chain_of(&error));
+                log::error!("{}", chain(&error));
                 self.tell_detached(id);
                 return Err(Errno(libc::ENOMEM));
             }
@@ -309,7 +310,7 @@ impl Service {
     fn give_up(&self, bells: &Doorbells, error: &QueueError) {
         let mut state = self.shared.lock();
         if let Some(active) = current(&mut state, bells) {
-            log::warn!("the mshare driver broke a queue: {}", chain_of(error));
+            log::warn!("the mshare driver broke a queue: {}", chain(error));
             active.interrupt.fail();
         }
     }
@@ -411,15 +412,4 @@ fn failed(errno: Errno) -> Answer {
 fn errno(failure: &Failure) -> Errno {
     log::debug!("the broker refuses: {failure}");
     Errno(failure.errno)
-}
-
-fn chain_of(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
