@@ -48,6 +48,9 @@ struct InfoArg {
     mappings: u32,
     machines: u32,
     reserved: u32,
+    swapped: u64,
+    huge: u64,
+    faults: u64,
 }
 
 /// `_IOC` of `asm-generic/ioctl.h` with type 'm'; 1 = write, 2 = read.
@@ -190,6 +193,9 @@ pub fn run(op: &RegionOp) -> Result<Value, Failure> {
                 flags: info.flags,
                 mappings: info.mappings,
                 machines: info.machines,
+                swapped: info.swapped,
+                huge: info.huge,
+                faults: info.faults,
             }))
         }
         RegionOp::Extent { name } => extent(name).map(|(start, len)| Value::Mapped { start, len }),

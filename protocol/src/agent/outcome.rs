@@ -152,6 +152,13 @@ pub struct RegionInfo {
     pub mappings: u32,
     /// Guests attached to a pool region, this one included.
     pub machines: u32,
+    /// Bytes of swap space that the data occupies. Of a pool region this and
+    /// the next are zero, for they are the host's affair.
+    pub swapped: u64,
+    /// Bytes of `resident` that are in huge pages.
+    pub huge: u64,
+    /// Page faults of this guest's processes in the region.
+    pub faults: u64,
 }
 
 /// The region has an address and a length.
@@ -241,13 +248,16 @@ impl fmt::Display for Value {
             Self::RegionInfo(info) => {
                 write!(
                     f,
-                    "at {:#x}, {:#x} bytes, id {}, resident {} KiB, tables {} KiB, \
-                     {} mappings here, {} guests",
+                    "at {:#x}, {:#x} bytes, id {}, resident {} KiB ({} in huge pages), \
+                     swapped {} KiB, tables {} KiB, {} faults, {} mappings here, {} guests",
                     info.start,
                     info.len,
                     info.id,
                     info.resident >> 10,
+                    info.huge >> 10,
+                    info.swapped >> 10,
                     info.table_bytes >> 10,
+                    info.faults,
                     info.mappings,
                     info.machines
                 )?;

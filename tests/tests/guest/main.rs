@@ -9,6 +9,7 @@ mod broker;
 mod common;
 mod errnos;
 mod hazards;
+mod local;
 mod policies;
 mod sharing;
 mod vmm;
