@@ -8,12 +8,18 @@ cache := $(or $(MSHARE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mshare)
 runner := cargo run -p mshare-tests --bin runner --
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-quick doctor clean clean-cache prepare
+.PHONY: help build demo test test-quick selftests matrix bisect hooks doctor clean clean-cache prepare
 
 help:
 	@echo 'make demo         build what is missing and show guests that share page tables'
 	@echo 'make test         all checks and tests; ends with "N passed, N failed"'
 	@echo 'make test-quick   the same without those that start machines'
+	@echo 'make selftests    the kernel series'"'"'s own tests only'
+	@echo 'make matrix       the same on kernels with checks, in many machines (hours);'
+	@echo '                  ARGS=--short for a few of them, ARGS=--list to see them'
+	@echo 'make bisect       build and boot the kernel after each patch of the series'
+	@echo 'make hooks        what the series costs those who do not use it;'
+	@echo '                  ARGS=--mm compares results of the tree'"'"'s mm selftests'
 	@echo 'make build        guest kernel, programs and initramfs; prints where they are'
 	@echo 'make doctor       what this machine can do'
 	@echo 'make clean        remove what cargo built'
@@ -30,6 +36,9 @@ prepare:
 
 build demo test: prepare
 	@$(runner) $@
+
+selftests matrix bisect hooks: prepare
+	@$(runner) $@ $(ARGS)
 
 test-quick: prepare
 	@$(runner) test --quick

@@ -14,6 +14,7 @@ use mshare_protocol::agent::{
 use crate::groups::Groups;
 use crate::reaper::reaper;
 use crate::server::{self, Agent, Listen};
+use crate::watch::{self, Watch};
 use crate::{figures, worker};
 
 /// The agent of a guest: makes mshare calls, runs worker processes on shared
@@ -53,6 +54,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Run a test program; its lines and the kernel's in one stream
+    Watch(Watch),
     /// One process of a group; started by the agent
     #[command(hide = true)]
     Worker,
@@ -198,6 +201,10 @@ impl Cli {
             Command::Mshare(call) => mshare(call),
             Command::Work(work) => run_work(&work),
             Command::Figures { json } => print_figures(json),
+            Command::Watch(watch) => match watch::run(&watch) {
+                Ok(status) => return ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),
+                Err(e) => Err(e),
+            },
             Command::Worker => worker::main().map_err(|e| Failure::new(e.to_string())),
         };
         match done {

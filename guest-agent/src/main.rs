@@ -28,6 +28,7 @@ mod reaper;
 mod region;
 mod server;
 mod spin;
+mod watch;
 mod worker;
 
 use std::process::ExitCode;

@@ -2,34 +2,51 @@
 # Builds the guest kernel: Debian's linux-source-6.12, the mshare series, our
 # configuration. Equal inputs give byte-identical outputs in any directory.
 #
-# usage: build.sh [default|ablation|debug]
-#   default    the series
+# usage: build.sh [default|ablation|debug|kasan|kcsan|vanilla]
+#   default    the series; also the selftests it brings
 #   ablation   the series and ablation/*.patch: boot parameter mshare_ablate=N
 #              removes one safety element at a time (for tests only)
-#   debug      the series with lock, page-table and lifetime checks
+#   debug      the series with lock, page-table and lifetime checks, NUMA,
+#              fault injection and the preempt= boot parameter
+#   kasan      the series with KASAN
+#   kcsan      the series with KCSAN, in mm/mshare*.c only
+#   vanilla    the tree without the series; also its own mm selftests and the
+#              benchmark of the hooks
+# What a flavour configures beyond "config" is in config-FLAVOUR.
 #
 # environment: MSHARE_CACHE         where results are kept
 #                                   (default ~/.cache/mshare)
 #              MSHARE_LINUX_SOURCE  the source tarball
 #                                   (default /usr/src/linux-source-6.12.tar.xz)
 #
-# The result is $MSHARE_CACHE/kernel/HASH/{bzImage,vmlinux,.config}, and the
-# last line printed is "bzImage=PATH".
+# The result is $MSHARE_CACHE/kernel/HASH/{bzImage,vmlinux,.config}; static
+# programs are beside them in selftests/, mm/ and bench/. The last line printed
+# is "bzImage=PATH".
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 flavour=${1:-default}
 tarball=${MSHARE_LINUX_SOURCE:-/usr/src/linux-source-6.12.tar.xz}
 cache=${MSHARE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mshare}/kernel
+patches=("$here"/patches/*.patch)
+[ -z "${MSHARE_PATCHES:-}" ] || patches=("${patches[@]:0:MSHARE_PATCHES}")
 # Compiler steps of one full build, only to show a percentage.
 steps=1650
+
+# Of the tree's mm selftests, those that are built: static, no libraries but the
+# C library's. tests/src/hooks/mm.rs says how each is run and why others are not
+# here.
+mm_programs=(cow droppable madv_populate map_fixed_noreplace
+	map_populate mdwe_test mkdirty mlock2-tests mrelease_test
+	mremap_dontunmap mremap_test mseal_test transhuge-stress uffd-stress
+	uffd-unit-tests virtual_address_range)
 
 say() { printf 'kernel: %s\n' "$*"; }
 die() { printf 'kernel: error: %s\n' "$*" >&2; exit 1; }
 
 case $flavour in
-default | ablation | debug) ;;
-*) die "unknown flavour '$flavour': use default, ablation or debug" ;;
+default | ablation | debug | kasan | kcsan | vanilla) ;;
+*) die "unknown flavour '$flavour': use default, ablation, debug, kasan, kcsan or vanilla" ;;
 esac
 
 install_missing() {
@@ -70,9 +87,22 @@ input_hash() {
 		gcc -dumpfullversion
 		ld --version | head -n1
 		cd "$here"
-		sha256sum build.sh config patches/*.patch
+		sha256sum build.sh config
+		[ ! -e "config-$1" ] || sha256sum "config-$1"
+		# Selftests and documentation change no kernel, and only the
+		# default flavour has the selftests beside it.
+		case $1 in
+		vanilla) ;;
+		default) sha256sum "${patches[@]#"$here"/}" ;;
+		*) printf '%s\n' "${patches[@]#"$here"/}" |
+			grep -vE '/[0-9]+-(selftests|Documentation)-' |
+			xargs sha256sum ;;
+		esac
 		[ "$1" != ablation ] || sha256sum ablation/*.patch
-		[ "$1" != debug ] || sha256sum config-debug
+		case $1 in
+		vanilla) sha256sum bench/* "$libc" ;;
+		default) sha256sum "$libc" ;;
+		esac
 	} | sha256sum | cut -c1-16
 }
 
@@ -89,10 +119,10 @@ apply() {
 touched() {
 	local new='^[-]{3} /dev/null'
 	if [ "${1:-}" = old ]; then
-		comm -23 <(touched) <(cat "$here"/patches/*.patch |
+		comm -23 <(touched) <(cat "${patches[@]}" |
 			grep -A1 -E "$new" | sed -n 's,^+++ b/,,p' | sort -u)
 	else
-		cat "$here"/patches/*.patch | sed -n 's,^+++ b/,,p' | sort -u
+		cat "${patches[@]}" | sed -n 's,^+++ b/,,p' | sort -u
 	fi
 }
 
@@ -102,7 +132,8 @@ remember() {
 	echo "$base" >"$work/.base"
 }
 
-# What no configuration of ours compiles is not unpacked.
+# What no configuration of ours compiles is not unpacked; of the selftests,
+# those of mm and the headers that all share are.
 unpack() {
 	local dir skip=("--exclude=linux-source-6.12/Documentation/devicetree/*")
 	for dir in alpha arc arm arm64 csky hexagon loongarch m68k microblaze \
@@ -112,16 +143,17 @@ unpack() {
 	done
 	for dir in drivers/gpu drivers/media sound drivers/net/ethernet \
 		drivers/net/wireless drivers/scsi drivers/infiniband \
-		drivers/staging drivers/iio drivers/usb tools/testing \
-		tools/perf; do
+		drivers/staging drivers/iio drivers/usb tools/perf \
+		'tools/testing/[!s]*' 'tools/testing/selftests/[!m]*'; do
 		skip+=("--exclude=linux-source-6.12/$dir/*.[chS]")
 	done
 	rm -rf "$work"
 	mkdir -p "$work"
 	say "unpacking $(basename "$tarball")"
 	tar -C "$work" --strip-components=1 --wildcards "${skip[@]}" -xf "$tarball"
-	say "applying $(ls "$here"/patches/*.patch | wc -l) patches"
-	apply "$here"/patches/*.patch
+	[ "$flavour" != vanilla ] || return 0
+	say "applying ${#patches[@]} patches"
+	apply "${patches[@]}"
 	remember
 }
 
@@ -141,7 +173,7 @@ update() {
 	{ touched old; cat "$work/.originals"; } | sort -u |
 		sed 's,^,linux-source-6.12/,' >"$cache/.members"
 	tar -C "$work" --strip-components=1 -xf "$tarball" -T "$cache/.members"
-	apply "$here"/patches/*.patch
+	apply "${patches[@]}"
 	while read -r f; do
 		if cmp -s "$saved/$f" "$work/$f"; then
 			mv -f "$saved/$f" "$work/$f"
@@ -155,11 +187,18 @@ update() {
 
 configure() {
 	local fragments=("$here/config") line
-	[ "$flavour" != debug ] || fragments+=("$here/config-debug")
-	cat "${fragments[@]}" >"$work/.fragment"
+	[ ! -e "$here/config-$flavour" ] ||
+		fragments+=("$here/config-$flavour")
+	# The last word on a symbol is the only one.
+	cat "${fragments[@]}" | tac |
+		awk 'match($0, /CONFIG_[A-Z0-9_]+/) {
+			if (seen[substr($0, RSTART, RLENGTH)]++) next } 1' |
+		tac >"$work/.fragment"
 	kmake -s KCONFIG_ALLCONFIG=.fragment allnoconfig >/dev/null
-	# A symbol that lost its dependencies would vanish in silence.
+	# A symbol that lost its dependencies would vanish in silence. Those of
+	# the series come with some patch of it.
 	while read -r line; do
+		[[ -z ${MSHARE_PATCHES:-} || $line != *MSHARE=y ]] || continue
 		grep -qxF -- "$line" "$work/.config" ||
 			die "the configuration lost $line"
 	done < <(grep '^CONFIG_.*=y' "$work/.fragment")
@@ -202,6 +241,45 @@ compile() {
 	! grep -E 'warning:' "$log" >&2 || die "the compiler warned, see $log"
 }
 
+# Static programs, made with the headers of the tree. $OUTPUT is given because
+# a make above this script, which counts levels, would have it empty.
+selftests() {
+	local log=$cache/build-programs.log out=$work/.programs flags
+	flags=(ARCH=x86_64 -j"$(nproc)"
+		USERLDFLAGS="-static -Wl,--build-id=none")
+	mkdir -p "$out"
+	case $flavour in
+	default)
+		[ -d "$work/tools/testing/selftests/mshare" ] || return 0
+		mkdir "$out/selftests"
+		say "building the selftests"
+		kmake -s headers >"$log" 2>&1 &&
+			make -C "$work/tools/testing/selftests/mshare" \
+				"${flags[@]}" USERCFLAGS=-Werror \
+				OUTPUT="$out/selftests" all >>"$log" 2>&1 ||
+			die "the selftests do not compile, see $log"
+		! grep 'warning:' "$log" >&2 ||
+			die "the compiler warned, see $log"
+		# Debug information has the names of folders in it.
+		strip --strip-debug "$out"/selftests/*
+		;;
+	vanilla)
+		mkdir "$out/mm" "$out/bench"
+		say "building the tree's mm selftests"
+		# Not what check_config.sh finds out about this machine.
+		: >"$work/tools/testing/selftests/mm/local_config.h"
+		: >"$work/tools/testing/selftests/mm/local_config.mk"
+		kmake -s headers >"$log" 2>&1 &&
+			make -C "$work/tools/testing/selftests/mm" \
+				"${flags[@]}" OUTPUT="$out/mm" \
+				"${mm_programs[@]/#/$out/mm/}" >>"$log" 2>&1 ||
+			die "the mm selftests do not compile, see $log"
+		gcc -O2 -Wall -Wextra -Werror -static -Wl,--build-id=none \
+			-o "$out/bench/hooks" "$here/bench/hooks.c"
+		;;
+	esac
+}
+
 # Results appear under their final name only when they are complete, and only
 # if they are made of what the name says.
 publish() {
@@ -211,11 +289,15 @@ publish() {
 	rm -rf "$tmp"
 	mkdir -p "$tmp"
 	cp "$work/arch/x86/boot/bzImage" "$work/vmlinux" "$work/.config" "$tmp/"
+	cp -r "$work/.programs/." "$tmp/"
+	rm -rf "$work/.programs"
 	mv -T "$tmp" "$out"
 }
 
 mkdir -p "$cache"
 install_missing
+libc=$(gcc -print-file-name=libc.a)
+[ -e "$libc" ] || die "no static C library (Debian package libc6-dev)"
 hash=$(input_hash "$flavour")
 out=$cache/$hash
 if [ ! -d "$out" ]; then
@@ -235,9 +317,12 @@ makeargs=(-C "$work" "-j$(nproc)" ARCH=x86_64 KBUILD_BUILD_VERSION=1
 	KBUILD_BUILD_USER=mshare KBUILD_BUILD_HOST=mshare
 	"KBUILD_BUILD_TIMESTAMP=2026-01-01 00:00:00 UTC")
 tree=$cache/tree-$(input_hash default)
-base="$(tail -n1 "$cache/tarball.sha256") $(gcc -dumpfullversion)"
+# The number is that of the choice made in unpack().
+base="$(tail -n1 "$cache/tarball.sha256") $(gcc -dumpfullversion) 2"
 earlier=$(find "$cache" -maxdepth 1 -name 'tree-*' | head -n1)
-if [ "$flavour" != default ] && [ -d "$tree" ]; then
+if [ "$flavour" = vanilla ]; then
+	unpack
+elif [ "$flavour" != default ] && [ -d "$tree" ]; then
 	say "starting from the default flavour's tree"
 	rm -rf "$work"
 	cp -a --reflink=auto "$tree" "$work"
@@ -248,8 +333,17 @@ else
 	unpack
 fi
 [ "$flavour" != ablation ] || apply "$here"/ablation/*.patch
+if [ "$flavour" = kcsan ]; then
+	# scripts/Makefile.lib puts a file's word before the general one and
+	# looks at the first letter.
+	makeargs+=(KCSAN_SANITIZE=n)
+	while read -r name; do
+		makeargs+=("KCSAN_SANITIZE_$name.o=y")
+	done < <(touched | sed -n 's,^mm/\(mshare[a-z_]*\)\.c$,\1,p')
+fi
 configure
 compile
+selftests
 publish "$hash"
 if [ "$flavour" = default ]; then
 	rm -rf "$cache"/tree-*

@@ -61,21 +61,7 @@ pub fn build(agent: &Path, files: &[(PathBuf, String)]) -> Result<Initramfs, Ini
     };
     fs::create_dir_all(&dir).map_err(used(&dir))?;
     let work = tempfile::tempdir_in(&dir).map_err(used(&dir))?;
-
-    let mut archive = Archive::new();
-    for point in ["/bin", "/dev", "/proc", "/run", "/sys", "/tmp"] {
-        archive.dir(point)?;
-    }
-    archive.char_device("/dev/console", 0o600, (5, 1))?;
-    let init = work.path().join("init");
-    strip(agent, &init)?;
-    archive.copy("/init", &init)?;
-    archive.symlink("/bin/guest-agent", "/init")?;
-    for (from, to) in files {
-        archive.copy(to, from)?;
-    }
-    let mut bytes = Vec::new();
-    archive.write(&mut bytes)?;
+    let bytes = bytes(agent, files, work.path())?;
 
     let path = dir.join(format!("{:016x}.cpio", fingerprint(&bytes)));
     if fs::read(&path).is_ok_and(|kept| kept == bytes) {
@@ -91,6 +77,38 @@ pub fn build(agent: &Path, files: &[(PathBuf, String)]) -> Result<Initramfs, Ini
         path,
         up_to_date: false,
     })
+}
+
+/// Packs the same into a file that is not kept in the cache.
+pub fn pack(agent: &Path, files: &[(PathBuf, String)], to: &Path) -> Result<(), InitramfsError> {
+    let bytes = bytes(agent, files, to.parent().unwrap_or(Path::new(".")))?;
+    fs::write(to, &bytes).map_err(|source| InitramfsError::File {
+        path: to.to_owned(),
+        source,
+    })
+}
+
+/// The archive; `work` is a folder for what is made on the way.
+fn bytes(
+    agent: &Path,
+    files: &[(PathBuf, String)],
+    work: &Path,
+) -> Result<Vec<u8>, InitramfsError> {
+    let mut archive = Archive::new();
+    for point in ["/bin", "/dev", "/proc", "/run", "/sys", "/tmp"] {
+        archive.dir(point)?;
+    }
+    archive.char_device("/dev/console", 0o600, (5, 1))?;
+    let init = work.join("init");
+    strip(agent, &init)?;
+    archive.copy("/init", &init)?;
+    archive.symlink("/bin/guest-agent", "/init")?;
+    for (from, to) in files {
+        archive.copy(to, from)?;
+    }
+    let mut bytes = Vec::new();
+    archive.write(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn strip(from: &Path, to: &Path) -> Result<(), InitramfsError> {

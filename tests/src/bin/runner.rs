@@ -44,6 +44,14 @@ enum Action {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Run selftests of the kernel series, each in a machine of its own.
+    Selftests(runner::Selection),
+    /// Run them on kernels with checks, in many machines.
+    Matrix(runner::Matrix),
+    /// Build and boot the kernel after each patch of the series.
+    Bisect(runner::Bisect),
+    /// Count what the hooks of the series cost those that use no mshare.
+    Hooks(runner::Hooks),
     /// Run the demo.
     Demo {
         /// Arguments of the demo.
@@ -83,6 +91,10 @@ fn main() -> ExitCode {
         },
         Action::Test { quick } => verdict(runner::test(options, quick)),
         Action::Guest { arguments } => verdict(runner::guest_tests(options, &arguments)),
+        Action::Selftests(selection) => verdict(runner::selftests(&selection)),
+        Action::Matrix(matrix) => judged(runner::matrix(&matrix)),
+        Action::Bisect(bisect) => judged(runner::bisect(&bisect)),
+        Action::Hooks(hooks) => judged(runner::hooks(&hooks)),
         Action::Demo { arguments } => tool(options, "demo", &arguments),
         Action::Run { program, arguments } => tool(options, &program, &arguments),
     }
@@ -93,6 +105,13 @@ fn verdict(passed: bool) -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+fn judged(result: Result<bool, RunnerError>) -> ExitCode {
+    match result {
+        Ok(passed) => verdict(passed),
+        Err(error) => failed(&error),
     }
 }
 

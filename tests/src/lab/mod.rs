@@ -38,6 +38,8 @@ pub use init::run_if_init;
 pub use kernel::{KernelError, LabKernel};
 pub use wire::{Ended, Hello};
 
+/// Environment variable that commands in a lab find set.
+pub const IN_LAB: &str = "MSHARE_IN_LAB";
 /// How often a run that died of it is started again.
 const MAX_RETRIES: u32 = 2;
 /// How long the machine may take to the start of the command.
@@ -171,7 +173,7 @@ impl Lab {
             ("PATH", "/bin"),
             ("HOME", "/tmp"),
             ("TMPDIR", "/tmp"),
-            ("MSHARE_IN_LAB", "1"),
+            (IN_LAB, "1"),
         ];
         Self {
             argv,

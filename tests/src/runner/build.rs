@@ -1,5 +1,6 @@
 //! What has to be there before a guest can start.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 
@@ -8,6 +9,7 @@ use super::{RunnerError, project};
 use crate::artifacts::Artifacts;
 use crate::initramfs;
 use crate::lab::LabKernel;
+use crate::selftests::Flavour;
 
 /// The slow things, under way while cargo compiles.
 #[derive(Debug)]
@@ -21,18 +23,29 @@ pub struct Background {
 pub struct Kernels {
     /// The series.
     pub default: PathBuf,
-    /// The series, with safety elements that can be taken out.
-    pub ablation: Option<PathBuf>,
+    /// Other flavours of it.
+    others: Vec<(Flavour, PathBuf)>,
+}
+
+impl Kernels {
+    /// A flavour, if it was asked for.
+    pub fn of(&self, flavour: Flavour) -> Option<PathBuf> {
+        if flavour == Flavour::Default {
+            return Some(self.default.clone());
+        }
+        let found = self.others.iter().find(|(known, _)| *known == flavour);
+        found.map(|(_, image)| image.clone())
+    }
 }
 
 impl Background {
-    /// Starts building the guest kernel, with `ablation` that flavour too, and
-    /// fetching the lab's.
-    pub fn start(ablation: bool) -> Self {
+    /// Starts building the guest kernel, and `others`, and fetching the lab's.
+    pub fn start(others: &'static [Flavour]) -> Self {
+        let build = |flavour: &Flavour| Ok((*flavour, guest_kernel(flavour.name())?));
         let kernels = move || {
             Ok(Kernels {
-                default: guest_kernel("default")?,
-                ablation: ablation.then(|| guest_kernel("ablation")).transpose()?,
+                default: guest_kernel(Flavour::Default.name())?,
+                others: others.iter().map(build).collect::<Result<_, _>>()?,
             })
         };
         Self {
@@ -54,10 +67,16 @@ impl Background {
 }
 
 /// Builds a flavour of the guest kernel, or finds that it is up to date.
-fn guest_kernel(flavour: &str) -> Result<PathBuf, RunnerError> {
+pub fn guest_kernel(flavour: &str) -> Result<PathBuf, RunnerError> {
+    kernel_of(flavour, &[])
+}
+
+/// The same with variables for the script.
+pub fn kernel_of(flavour: &str, env: &[(&str, &OsStr)]) -> Result<PathBuf, RunnerError> {
     let script = project().join("images/kernel/build.sh");
     let script = script.to_string_lossy();
     let mut build = command("nice", &["-n", "5", "bash", &script, flavour]);
+    build.envs(env.iter().copied());
     let mut image = None;
     let built = stream(&mut build, |line| {
         let text = String::from_utf8_lossy(line);
@@ -103,10 +122,10 @@ pub fn artifacts(
     println!("initramfs: {state}");
     Ok(Artifacts {
         vmm: program(programs, "vmm")?,
+        ablation: kernels.of(Flavour::Ablation),
         // The build puts it beside the bzImage.
         vmlinux: kernels.default.with_file_name("vmlinux"),
         kernel: kernels.default,
         initramfs: packed.path,
-        ablation: kernels.ablation,
     })
 }

@@ -1,18 +1,23 @@
 //! The runner behind the Makefile: builds what is missing, runs the checks and
 //! tests, or a program that needs guests, here or in the lab.
 
+mod bisect;
 mod build;
 mod command;
+mod hooks;
 mod place;
+mod selftests;
 mod tally;
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::artifacts::Artifacts;
+use crate::hooks::HooksError;
 use crate::initramfs::InitramfsError;
 use crate::lab::{KernelError, LabError};
+use crate::selftests::{Flavour, SelftestError};
 use mshare_protocol::report::chain;
 
 use build::{Background, Kernels};
@@ -20,7 +25,10 @@ use command::{cargo, pass, stream};
 use place::Said;
 use tally::Reader;
 
+pub use bisect::{Bisect, bisect};
+pub use hooks::{Hooks, hooks};
 pub use place::LabSize;
+pub use selftests::{Matrix, Selection, matrix, selected as selftests};
 pub use tally::Tally;
 
 /// What went wrong on the way to a result.
@@ -53,6 +61,21 @@ pub enum RunnerError {
     /// No initramfs.
     #[error("the guests have no initramfs")]
     Initramfs(#[source] InitramfsError),
+    /// A selftest could not run.
+    #[error("a selftest could not run")]
+    Selftest(#[source] SelftestError),
+    /// The hooks' cost could not be measured.
+    #[error("the cost of the hooks is not known")]
+    Hooks(#[source] HooksError),
+    /// A file or folder cannot be used.
+    #[error("cannot use {path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// Test programs that run where guests run: `tiny` needs KVM only.
@@ -108,7 +131,7 @@ impl Stages {
             total += *tally;
             let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
             print!(
-                "{name:<14} {verdict:<7} {tally:<24} {:>5} s",
+                "{name:<24} {verdict:<7} {tally:<24} {:>5} s",
                 took.as_secs()
             );
             if tally.ignored > 0 {
@@ -129,7 +152,7 @@ impl Stages {
 /// whether everything passed.
 pub fn test(options: Options, quick: bool) -> bool {
     let mut stages = Stages::default();
-    let background = (!quick).then(|| Background::start(true));
+    let background = (!quick).then(|| Background::start(&[Flavour::Ablation, Flavour::Debug]));
     stages.run("format", || check(&["fmt", "--all", "--", "--check"]));
     stages.run("lint", lint);
     stages.run("unit tests", || {
@@ -162,6 +185,14 @@ fn machines(stages: &mut Stages, options: Options, background: Background) {
             "--test-threads=1",
         ])
     });
+    match &guest_kernels {
+        Some(kernels) => selftests::stages(stages, &kernels.default, |flavour| {
+            kernels
+                .of(flavour)
+                .ok_or(RunnerError::NotRun("there is no such kernel"))
+        }),
+        None => stages.cannot("selftests", "there is no guest kernel"),
+    }
     match guest_kernels {
         Some(kernels) => stages.run("guests", || guests(options, kernels, &[])),
         None => stages.cannot("guests", "there is no guest kernel"),
@@ -173,7 +204,7 @@ fn machines(stages: &mut Stages, options: Options, background: Background) {
 pub fn guest_tests(options: Options, filter: &[String]) -> bool {
     let mut stages = Stages::default();
     stages.run("guests", || {
-        let (kernels, lab) = Background::start(true).finish();
+        let (kernels, lab) = Background::start(&[Flavour::Ablation]).finish();
         lab?;
         guests(options, kernels?, filter)
     });
@@ -182,7 +213,7 @@ pub fn guest_tests(options: Options, filter: &[String]) -> bool {
 
 /// Runs a program of the workspace where guests run, and returns its status.
 pub fn tool(options: Options, name: &str, arguments: &[String]) -> Result<i32, RunnerError> {
-    let background = Background::start(false);
+    let background = Background::start(&[]);
     let programs = build::programs();
     let (kernels, lab) = background.finish();
     lab?;
@@ -203,7 +234,7 @@ pub fn tool(options: Options, name: &str, arguments: &[String]) -> Result<i32, R
 
 /// Builds everything and says where it is.
 pub fn build_all() -> Result<Artifacts, RunnerError> {
-    let background = Background::start(false);
+    let background = Background::start(&[]);
     let programs = build::programs();
     let (kernels, lab) = background.finish();
     lab?;

@@ -1,0 +1,366 @@
+//! The stages and commands that run the selftests of the kernel series.
+
+use std::fs;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mshare_protocol::report::chain;
+
+use super::build::{guest_kernel, program, programs};
+use super::tally::Tally;
+use super::{RunnerError, Stages};
+use crate::selftests::ablation::ABLATIONS;
+use crate::selftests::list::{ENTRIES, Entry, disagreements};
+use crate::selftests::tap::Verdict;
+use crate::selftests::{Flavour, Guest, Run, keep, matrix, published};
+
+/// What to run on what; nothing given means what the project builds.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Selection {
+    /// The flavour of the kernel
+    #[arg(long, value_enum, default_value = "default")]
+    flavour: Flavour,
+    /// A kernel of that flavour, built elsewhere
+    #[arg(long, value_name = "BZIMAGE")]
+    kernel: Option<PathBuf>,
+    /// A folder with the programs, built elsewhere
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
+    /// More of the kernel's command line
+    #[arg(long, default_value = "")]
+    append: String,
+    /// Only the short form
+    #[arg(long)]
+    short: bool,
+    /// Runs without one safety element instead, which have to fail
+    #[arg(long)]
+    ablations: bool,
+    /// Print the whole console of each
+    #[arg(long)]
+    console: bool,
+    /// Only entries whose names hold one of these
+    names: Vec<String>,
+}
+
+/// What the matrix does.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Matrix {
+    /// A few machines only, and no program but those of the short form
+    #[arg(long)]
+    short: bool,
+    /// Print the machines and run nothing
+    #[arg(long)]
+    list: bool,
+    /// Seconds of stress in each machine
+    #[arg(long, default_value_t = 20)]
+    stress: u64,
+    /// Write the table here too
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Only machines whose names hold all of these
+    words: Vec<String>,
+}
+
+/// Where the series' own programs are: beside the default kernel.
+pub fn programs_of(kernel: &Path) -> PathBuf {
+    kernel.with_file_name("selftests")
+}
+
+/// The stages of `make test`. `kernel` builds or finds a kernel.
+pub fn stages(
+    stages: &mut Stages,
+    default: &Path,
+    kernel: impl Fn(Flavour) -> Result<PathBuf, RunnerError>,
+) {
+    let dir = programs_of(default);
+    let guest = |flavour: Flavour| {
+        let kernel = kernel(flavour)?;
+        guest(kernel, flavour)
+    };
+    stages.run("selftests", || {
+        let mut tally = agreement(&dir)?;
+        tally += run_entries(&guest(Flavour::Default)?, &dir, "selftests", |_| true)?;
+        Ok(tally)
+    });
+    stages.run("selftests, debug kernel", || {
+        run_entries(&guest(Flavour::Debug)?, &dir, "debug", |entry| entry.short)
+    });
+    stages.run("ablations", || run_ablations(&guest, &dir, |_| true));
+}
+
+/// A kernel with the agent of this workspace.
+pub fn guest(kernel: PathBuf, flavour: Flavour) -> Result<Guest, RunnerError> {
+    Ok(Guest {
+        kernel,
+        flavour,
+        agent: program(&programs()?, "guest-agent")?,
+    })
+}
+
+/// `runner selftests`. Returns whether all passed.
+pub fn selected(selection: &Selection) -> bool {
+    let mut stages = Stages::default();
+    stages.run("selftests", || {
+        let named = |label: &str| {
+            selection.names.is_empty() || selection.names.iter().any(|name| label.contains(name))
+        };
+        let dir = match &selection.programs {
+            Some(dir) => dir.clone(),
+            None => programs_of(&guest_kernel(Flavour::Default.name())?),
+        };
+        let guest = |flavour: Flavour| {
+            let kernel = match &selection.kernel {
+                Some(kernel) => kernel.clone(),
+                None => guest_kernel(flavour.name())?,
+            };
+            guest(kernel, flavour)
+        };
+        if selection.ablations {
+            return run_ablations(&guest, &dir, named);
+        }
+        let mut tally = Tally::default();
+        if selection.names.is_empty() {
+            tally += agreement(&dir)?;
+        }
+        let guest = guest(selection.flavour)?;
+        tally += run_list(&guest, &dir, "selected", selection, |entry| {
+            named(&entry.label()) && (entry.short || !selection.short)
+        })?;
+        Ok(tally)
+    });
+    stages.conclude()
+}
+
+/// Whether the list and what is built are the same.
+fn agreement(dir: &Path) -> Result<Tally, RunnerError> {
+    let listed: Vec<&str> = ENTRIES.iter().map(|entry| entry.program).collect();
+    let built = published(dir).map_err(RunnerError::Selftest)?;
+    let told = disagreements(&built, &listed);
+    for line in &told {
+        println!("{line}");
+    }
+    Ok(Tally::check(told.is_empty()))
+}
+
+fn run_entries(
+    guest: &Guest,
+    dir: &Path,
+    stage: &str,
+    wanted: impl Fn(&Entry) -> bool,
+) -> Result<Tally, RunnerError> {
+    let selection = Selection {
+        flavour: guest.flavour,
+        kernel: None,
+        programs: None,
+        append: String::new(),
+        short: false,
+        ablations: false,
+        console: false,
+        names: Vec::new(),
+    };
+    run_list(guest, dir, stage, &selection, wanted)
+}
+
+fn run_list(
+    guest: &Guest,
+    dir: &Path,
+    stage: &str,
+    selection: &Selection,
+    wanted: impl Fn(&Entry) -> bool,
+) -> Result<Tally, RunnerError> {
+    let mut tally = Tally::default();
+    for entry in ENTRIES {
+        if !wanted(entry) || !entry.runs_on(guest.flavour) {
+            continue;
+        }
+        let mut job = entry.job(dir);
+        if !selection.append.is_empty() {
+            job.shape.append = format!("{} {}", job.shape.append, selection.append);
+        }
+        begin(&job.label);
+        // One that cannot run is a failure, and no reason to leave out the others.
+        let run = match guest.run(&job) {
+            Ok(run) => run,
+            Err(error) => {
+                finish(&format!("{:<44} FAILED  {}", job.label, chain(&error)));
+                tally += Tally::check(false);
+                continue;
+            }
+        };
+        if selection.console {
+            print!("{}", run.console);
+        }
+        let faults = run.faults(|what| entry.may_skip(guest.flavour, what));
+        told(&job.label, &run, &faults.is_empty());
+        if !faults.is_empty() {
+            explain(&faults, stage, &job.label, &run)?;
+        }
+        tally += count(&run, &faults);
+    }
+    if tally == Tally::default() {
+        return Err(RunnerError::NotRun("no selftest was selected"));
+    }
+    Ok(tally)
+}
+
+/// Passed and skipped tests as they are; a program with faults has failed at
+/// least once, and once for each failed test.
+fn count(run: &Run, faults: &[String]) -> Tally {
+    let failed = run.report.count(Verdict::Failed);
+    let skipped = run.report.count(Verdict::Skipped) + u64::from(run.report.skipped.is_some());
+    Tally {
+        passed: run.report.count(Verdict::Passed),
+        failed: failed.max(u64::from(!faults.is_empty())),
+        ignored: skipped,
+    }
+}
+
+fn run_ablations(
+    guest: &impl Fn(Flavour) -> Result<Guest, RunnerError>,
+    dir: &Path,
+    named: impl Fn(&str) -> bool,
+) -> Result<Tally, RunnerError> {
+    let mut tally = Tally::default();
+    for ablation in ABLATIONS {
+        let Some(entry) = ablation.entry() else {
+            println!("the list has no '{}'", ablation.entry);
+            tally += Tally::check(false);
+            continue;
+        };
+        let label = ablation.job(entry, dir).label;
+        if !named(&label) {
+            continue;
+        }
+        begin(&label);
+        let guest = guest(ablation.kernel)?;
+        let run = match ablation.run(entry, &guest, dir) {
+            Ok(run) => run,
+            Err(error) => {
+                finish(&format!("{label:<44} FAILED  {}", chain(&error)));
+                tally += Tally::check(false);
+                continue;
+            }
+        };
+        let unseen = ablation.unseen(&run);
+        finish(&format!(
+            "{label:<44} {}: {}",
+            if unseen.is_empty() {
+                "seen"
+            } else {
+                "NOT SEEN"
+            },
+            ablation.element
+        ));
+        if !unseen.is_empty() {
+            explain(&unseen, "ablations", &label, &run)?;
+        }
+        tally += Tally::check(unseen.is_empty());
+    }
+    if tally == Tally::default() {
+        return Err(RunnerError::NotRun("no ablation was selected"));
+    }
+    Ok(tally)
+}
+
+/// On a terminal, says what runs until it is done.
+fn begin(label: &str) {
+    if std::io::stdout().is_terminal() {
+        print!("{label} ...");
+        // The line comes again when it is done.
+        let _ = std::io::stdout().flush();
+    }
+}
+
+fn finish(line: &str) {
+    if std::io::stdout().is_terminal() {
+        print!("\r\x1b[K");
+    }
+    println!("{line}");
+}
+
+fn told(label: &str, run: &Run, good: &bool) {
+    let verdict = if *good { "ok" } else { "FAILED" };
+    let retries = match run.retries {
+        0 => String::new(),
+        count => format!("  (emulator's known race, retry {count})"),
+    };
+    finish(&format!(
+        "{label:<44} {verdict:<7} {:<34} {:>5.1} s{retries}",
+        run.counts(),
+        run.took.as_secs_f64()
+    ));
+}
+
+fn explain(faults: &[String], stage: &str, label: &str, run: &Run) -> Result<(), RunnerError> {
+    for fault in faults {
+        println!("    {fault}");
+    }
+    let kept = keep(stage, label, &run.console).map_err(RunnerError::Selftest)?;
+    println!("    console: {}", kept.display());
+    Ok(())
+}
+
+/// `runner matrix`. Returns whether nothing was reported.
+pub fn matrix(options: &Matrix) -> Result<bool, RunnerError> {
+    let mut cells = matrix::cells(options.short);
+    cells.retain(|cell| {
+        let name = cell.to_string();
+        options.words.iter().all(|word| name.contains(word))
+    });
+    if options.list {
+        for cell in &cells {
+            println!("{cell}");
+        }
+        return Ok(true);
+    }
+    if cells.is_empty() {
+        return Err(RunnerError::NotRun("no machine of the matrix was selected"));
+    }
+    let dir = programs_of(&guest_kernel(Flavour::Default.name())?);
+    let stress = Duration::from_secs(options.stress);
+    let mut results = Vec::new();
+    for cell in cells {
+        println!("\n--- {cell}");
+        let guest = guest(guest_kernel(cell.flavour.name())?, cell.flavour)?;
+        let outcome = cell
+            .run(&guest, &dir, stress, |line| println!("{line}"))
+            .map_err(RunnerError::Selftest)?;
+        results.push((cell, outcome));
+    }
+    let table = matrix::table(&results);
+    println!("\n{table}");
+    if let Some(path) = &options.output {
+        fs::write(path, &table).map_err(|source| RunnerError::File {
+            path: path.clone(),
+            source,
+        })?;
+    }
+    let faults: usize = results
+        .iter()
+        .map(|(_, outcome)| outcome.faults.len())
+        .sum();
+    println!("{} machines, {faults} faults", results.len());
+    Ok(faults == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::selftests::tap;
+
+    #[test]
+    fn program_with_faults_counts_as_failed_even_if_its_tests_passed() {
+        let run = Run {
+            report: tap::read("TAP version 13\n1..1\nok 1 a\n".lines(), Some(0)),
+            status: Some(0),
+            complaints: vec!["BUG: x".into()],
+            console: String::new(),
+            retries: 0,
+            took: Duration::ZERO,
+        };
+        let faults = run.faults(|_| false);
+        assert_eq!(count(&run, &faults).to_string(), "1 passed, 1 failed");
+        assert_eq!(count(&run, &[]).to_string(), "1 passed, 0 failed");
+    }
+}
