@@ -169,6 +169,9 @@ pub const ENTRIES: &[Entry] = &[
         ..entry("mshare_reclaim")
     },
     Entry {
+        // With it the kernel writes to the program's memory whenever it was
+        // preempted, and what it gets if an allocation fails there is SIGSEGV.
+        env: &["GLIBC_TUNABLES=glibc.pthread.rseq=0"],
         not_on: SMALL,
         seconds: 600,
         ..entry("mshare_faultinject")
