@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use vmm::agent_client::{AgentClient, AgentError};
 
+use crate::cpus;
+
 /// How long a guest may take from exec to an agent that answers. The lab
 /// needs about two seconds; a loaded machine several times that.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -168,7 +170,7 @@ impl Options {
 }
 
 /// A process that is killed when the value is dropped, with a log of its
-/// output.
+/// output. In the lab it stays on one CPU.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -190,11 +192,9 @@ impl Process {
         let output = File::create(&log).map_err(host("create"))?;
         let errors = output.try_clone().map_err(host("share"))?;
         let vmm = PathBuf::from(command.get_program());
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(output)
-            .stderr(errors)
-            .spawn()
+        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        let child = cpus::on_one(|| command.spawn())
+            .flatten()
             .map_err(|source| GuestError::Start { vmm, source })?;
         Ok(Self {
             name: name.to_owned(),

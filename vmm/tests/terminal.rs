@@ -7,10 +7,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus, Stdio};
-use std::ptr::null_mut;
 
 use rustix::termios::{LocalModes, Termios, tcgetattr};
 use vmm::terminal::RawMode;
@@ -19,21 +18,8 @@ const MODE: &str = "VMM_TEST_TERMINAL_MODE";
 
 /// A new pseudo-terminal: the person's end and the program's end.
 fn pty() -> (File, OwnedFd) {
-    let (mut person, mut program) = (-1, -1);
-    // SAFETY: the pointers are valid for the call, and null is allowed for the
-    // rest.
-    let result = unsafe {
-        libc::openpty(
-            &raw mut person,
-            &raw mut program,
-            null_mut(),
-            null_mut(),
-            null_mut(),
-        )
-    };
-    assert_eq!(result, 0);
-    // SAFETY: both descriptors are new and belong to nobody else.
-    unsafe { (File::from_raw_fd(person), OwnedFd::from_raw_fd(program)) }
+    let pair = rustix_openpty::openpty(None, None).unwrap();
+    (pair.controller.into(), pair.user)
 }
 
 fn modes(terminal: &impl AsFd) -> (u32, u32, u32, u32) {

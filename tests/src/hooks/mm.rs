@@ -216,18 +216,7 @@ fn without_addresses(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::selftests::tap;
-
-    fn run(text: &str, status: u8) -> Run {
-        Run {
-            report: tap::read(text.lines(), Some(status)),
-            status: Some(status),
-            complaints: Vec::new(),
-            console: String::new(),
-            retries: 0,
-            took: Duration::ZERO,
-        }
-    }
+    use crate::selftests::run_of as run;
 
     #[test]
     fn same_results_at_other_addresses_are_the_same() {

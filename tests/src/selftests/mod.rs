@@ -316,20 +316,22 @@ pub fn keep(stage: &str, label: &str, console: &str) -> Result<PathBuf, Selftest
     Ok(path)
 }
 
+/// A run of which only its TAP and its status are known.
+#[cfg(test)]
+pub(crate) fn run_of(text: &str, status: u8) -> Run {
+    Run {
+        report: tap::read(text.lines(), Some(status)),
+        status: Some(status),
+        complaints: Vec::new(),
+        console: String::new(),
+        retries: 0,
+        took: Duration::ZERO,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    fn run(text: &str, status: u8) -> Run {
-        Run {
-            report: tap::read(text.lines(), Some(status)),
-            status: Some(status),
-            complaints: Vec::new(),
-            console: String::new(),
-            retries: 0,
-            took: Duration::ZERO,
-        }
-    }
+    use super::{run_of as run, *};
 
     #[test]
     fn skip_is_a_fault_unless_the_list_allows_it() {
