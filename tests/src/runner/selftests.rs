@@ -124,7 +124,11 @@ pub fn selected(selection: &Selection) -> bool {
             tally += agreement(&dir)?;
         }
         let guest = guest(selection.flavour)?;
-        tally += run_list(&guest, &dir, "selected", selection, |entry| {
+        let extra = Extra {
+            append: &selection.append,
+            console: selection.console,
+        };
+        tally += run_list(&guest, &dir, "selected", &extra, |entry| {
             named(&entry.label()) && (entry.short || !selection.short)
         })?;
         Ok(tally)
@@ -143,30 +147,29 @@ fn agreement(dir: &Path) -> Result<Tally, RunnerError> {
     Ok(Tally::check(told.is_empty()))
 }
 
+/// What a person may ask for beyond a stage.
+#[derive(Default)]
+struct Extra<'a> {
+    /// More of the kernel's command line.
+    append: &'a str,
+    /// Print the whole console of each.
+    console: bool,
+}
+
 fn run_entries(
     guest: &Guest,
     dir: &Path,
     stage: &str,
     wanted: impl Fn(&Entry) -> bool,
 ) -> Result<Tally, RunnerError> {
-    let selection = Selection {
-        flavour: guest.flavour,
-        kernel: None,
-        programs: None,
-        append: String::new(),
-        short: false,
-        ablations: false,
-        console: false,
-        names: Vec::new(),
-    };
-    run_list(guest, dir, stage, &selection, wanted)
+    run_list(guest, dir, stage, &Extra::default(), wanted)
 }
 
 fn run_list(
     guest: &Guest,
     dir: &Path,
     stage: &str,
-    selection: &Selection,
+    extra: &Extra<'_>,
     wanted: impl Fn(&Entry) -> bool,
 ) -> Result<Tally, RunnerError> {
     let mut tally = Tally::default();
@@ -175,8 +178,8 @@ fn run_list(
             continue;
         }
         let mut job = entry.job(dir);
-        if !selection.append.is_empty() {
-            job.shape.append = format!("{} {}", job.shape.append, selection.append);
+        if !extra.append.is_empty() {
+            job.shape.append = format!("{} {}", job.shape.append, extra.append);
         }
         begin(&job.label);
         // One that cannot run is a failure, and no reason to leave out the others.
@@ -188,11 +191,11 @@ fn run_list(
                 continue;
             }
         };
-        if selection.console {
+        if extra.console {
             print!("{}", run.console);
         }
         let faults = run.faults(|what| entry.may_skip(guest.flavour, what));
-        told(&job.label, &run, &faults.is_empty());
+        told(&job.label, &run, faults.is_empty());
         if !faults.is_empty() {
             explain(&faults, stage, &job.label, &run)?;
         }
@@ -279,8 +282,8 @@ fn finish(line: &str) {
     println!("{line}");
 }
 
-fn told(label: &str, run: &Run, good: &bool) {
-    let verdict = if *good { "ok" } else { "FAILED" };
+fn told(label: &str, run: &Run, good: bool) {
+    let verdict = if good { "ok" } else { "FAILED" };
     let retries = match run.retries {
         0 => String::new(),
         count => format!("  (emulator's known race, retry {count})"),
@@ -347,17 +350,13 @@ pub fn matrix(options: &Matrix) -> Result<bool, RunnerError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::selftests::tap;
+    use crate::selftests::run_of;
 
     #[test]
     fn program_with_faults_counts_as_failed_even_if_its_tests_passed() {
         let run = Run {
-            report: tap::read("TAP version 13\n1..1\nok 1 a\n".lines(), Some(0)),
-            status: Some(0),
             complaints: vec!["BUG: x".into()],
-            console: String::new(),
-            retries: 0,
-            took: Duration::ZERO,
+            ..run_of("TAP version 13\n1..1\nok 1 a\n", 0)
         };
         let faults = run.faults(|_| false);
         assert_eq!(count(&run, &faults).to_string(), "1 passed, 1 failed");

@@ -5,6 +5,8 @@ use std::fmt::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use mshare_protocol::report::chain;
+
 use super::klog::Console;
 use super::list::{ENTRIES, Entry, STRESS_SECONDS};
 use super::{Flavour, Guest, SelftestError, keep};
@@ -178,7 +180,17 @@ impl Cell {
                     .push(format!("{STRESS_SECONDS}={}", stress.as_secs()));
                 job.shape.limit += stress;
             }
-            let run = guest.run(&job)?;
+            outcome.programs += 1;
+            // One that cannot run is a fault, and no reason to end a run of hours.
+            let run = match guest.run(&job) {
+                Ok(run) => run,
+                Err(error) => {
+                    let fault = format!("{}: {}", job.label, chain(&error));
+                    say(&fault);
+                    outcome.faults.push(fault);
+                    continue;
+                }
+            };
             let mut faults = run.faults(|what| entry.may_skip(self.flavour, what));
             faults.extend(self.differences(&Console::new(&run.console)));
             say(&format!(
@@ -194,7 +206,6 @@ impl Cell {
                 }
                 say(&format!("  console: {}", kept.display()));
             }
-            outcome.programs += 1;
             outcome.passed += run.report.count(super::tap::Verdict::Passed);
             outcome.took += run.took;
             let named = |fault| format!("{}: {fault}", job.label);
