@@ -10,8 +10,6 @@ use std::time::{Duration, Instant};
 
 use vmm::agent_client::{AgentClient, AgentError};
 
-use crate::cpus;
-
 /// How long a guest may take from exec to an agent that answers. The lab
 /// needs about two seconds; a loaded machine several times that.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -193,8 +191,8 @@ impl Process {
         let errors = output.try_clone().map_err(host("share"))?;
         let vmm = PathBuf::from(command.get_program());
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
-        let child = cpus::on_one(|| command.spawn())
-            .flatten()
+        let child = command
+            .spawn()
             .map_err(|source| GuestError::Start { vmm, source })?;
         Ok(Self {
             name: name.to_owned(),

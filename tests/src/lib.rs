@@ -5,7 +5,6 @@
 pub mod artifacts;
 pub mod cache;
 pub mod cpio;
-pub mod cpus;
 pub mod demo;
 pub mod guests;
 pub mod hooks;

@@ -147,8 +147,8 @@ fn run(arguments: &Run) -> Result<ExitCode, LabError> {
             }
         }
         Event::Note(line) => say(line.to_owned()),
-        Event::Retry(count) => eprintln!(
-            "lab: died of the emulator's known race (Oops: int3); starting again, retry {count}"
+        Event::Retry(count, console) => eprintln!(
+            "{console}\nlab: died of a fault of the emulator; starting again, retry {count}"
         ),
     })?;
     Ok(ExitCode::from(match outcome.ended {

@@ -15,10 +15,10 @@ struct Cli {
     /// Use the lab even where guests could run on this machine.
     #[arg(long, global = true, env = "MSHARE_LAB", value_parser = clap::builder::FalseyValueParser::new())]
     lab: bool,
-    /// CPUs of the lab.
-    #[arg(long, global = true, default_value_t = 2)]
-    lab_cpus: u32,
-    /// Memory of the lab in MiB.
+    /// CPUs of a lab: 2 for tests of KVM without Linux, else 1, if not given.
+    #[arg(long, global = true)]
+    lab_cpus: Option<u32>,
+    /// Memory of a lab in MiB.
     #[arg(long, global = true, default_value_t = 6144)]
     lab_memory: u32,
     /// Give a lab run up after so many minutes.

@@ -40,7 +40,7 @@ pub use wire::{Ended, Hello};
 
 /// Environment variable that commands in a lab find set.
 pub const IN_LAB: &str = "MSHARE_IN_LAB";
-/// How often a run that died of it is started again.
+/// How often a run is started again that died of the emulator.
 const MAX_RETRIES: u32 = 2;
 /// How long the machine may take to the start of the command.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
@@ -85,8 +85,9 @@ pub enum Event<'a> {
     Console(&'a [u8]),
     /// Something takes time, once.
     Note(&'a str),
-    /// The known race hit: the run starts from the beginning, output included.
-    Retry(u32),
+    /// The emulator killed the lab's kernel: the run starts from the beginning,
+    /// output included. Which retry, and the end of the console.
+    Retry(u32, &'a str),
 }
 
 /// A run that came to its end.
@@ -94,7 +95,7 @@ pub enum Event<'a> {
 pub struct Outcome {
     /// How the command ended.
     pub ended: Ended,
-    /// Starts that died of the known race before this one.
+    /// Starts that died of the emulator before this one.
     pub retries: u32,
 }
 
@@ -144,10 +145,10 @@ pub enum LabError {
     #[error("the lab did not boot within {BOOT_PATIENCE:?}; end of its console:\n{0}")]
     NoBoot(String),
     /// The machine died.
-    #[error("the lab died{}; end of its console:\n{console}", if *.race { " of the emulator's known race" } else { "" })]
+    #[error("the lab died{}; end of its console:\n{console}", if *.emulator { " of a fault of the emulator" } else { "" })]
     Died {
-        /// Whether it was the known race.
-        race: bool,
+        /// Whether its kernel died of a fault that only the emulator can cause.
+        emulator: bool,
         /// The last lines of the console.
         console: String,
     },
@@ -204,9 +205,12 @@ impl Lab {
             let deadline = self.timeout.map(|timeout| started + timeout);
             match self.attempt(&kernel, &initramfs, deadline, sink) {
                 Ok(ended) => return Ok(Outcome { ended, retries }),
-                Err(LabError::Died { race: true, .. }) if retries < MAX_RETRIES && !self.stdin => {
+                Err(LabError::Died {
+                    emulator: true,
+                    console,
+                }) if retries < MAX_RETRIES && !self.stdin => {
                     retries += 1;
-                    sink(Event::Retry(retries));
+                    sink(Event::Retry(retries, &console));
                 }
                 Err(error) => return Err(error),
             }

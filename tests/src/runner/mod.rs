@@ -4,6 +4,7 @@
 mod bisect;
 mod build;
 mod command;
+mod guests;
 mod hooks;
 mod place;
 mod selftests;
@@ -20,9 +21,9 @@ use crate::lab::{KernelError, LabError};
 use crate::selftests::{Flavour, SelftestError};
 use mshare_protocol::report::chain;
 
-use build::{Background, Kernels};
+use build::Background;
 use command::{cargo, pass, stream};
-use place::Said;
+use guests::guests;
 use tally::Reader;
 
 pub use bisect::{Bisect, bisect};
@@ -77,9 +78,6 @@ pub enum RunnerError {
         source: io::Error,
     },
 }
-
-/// Test programs that run where guests run: `tiny` needs KVM only.
-const GUEST_TESTS: [&str; 2] = ["tiny", "guest"];
 
 /// How to run.
 #[derive(Debug, Clone, Copy)]
@@ -222,14 +220,14 @@ pub fn tool(options: Options, name: &str, arguments: &[String]) -> Result<i32, R
     let artifacts = build::artifacts(&programs, kernels?)?;
     let place = place::choose(&artifacts.vmm, options.force_lab)?;
     println!();
-    place::run(
+    let run = place::Run {
         place,
-        options.lab,
-        &artifacts,
-        &program,
+        lab: options.lab,
+        artifacts: &artifacts,
+        program: &program,
         arguments,
-        &mut |_| {},
-    )
+    };
+    run.follow(&mut place::print)
 }
 
 /// Builds everything and says where it is.
@@ -250,8 +248,8 @@ fn check(arguments: &[&str]) -> Result<Tally, RunnerError> {
 fn lint() -> Result<Tally, RunnerError> {
     let mut tally = Tally::default();
     let mut named = vec!["-p", "mshare-tests", "--test", "lab"];
-    for name in GUEST_TESTS {
-        named.extend(["--test", name]);
+    for program in &guests::PROGRAMS {
+        named.extend(["--test", program.name]);
     }
     for targets in [vec!["--workspace", "--all-targets"], named] {
         let mut arguments = vec!["clippy"];
@@ -273,46 +271,4 @@ fn tests(arguments: &[&str]) -> Result<Tally, RunnerError> {
         reader.take(line);
     })?;
     Ok(reader.end(success))
-}
-
-/// Runs the test programs that need guests, where guests run.
-fn guests(options: Options, kernels: Kernels, filter: &[String]) -> Result<Tally, RunnerError> {
-    let programs = build::programs()?;
-    let artifacts = build::artifacts(&programs, kernels)?;
-    let mut arguments = vec!["test", "--no-run", "-p", "mshare-tests"];
-    for name in GUEST_TESTS {
-        arguments.extend(["--test", name]);
-    }
-    let tests = command::build(&arguments)?;
-    let place = place::choose(&artifacts.vmm, options.force_lab)?;
-    let mut arguments = vec!["--test-threads=1".to_owned()];
-    arguments.extend_from_slice(filter);
-    let mut tally = Tally::default();
-    for name in GUEST_TESTS {
-        let program = build::program(&tests, name)?;
-        let mut reader = Reader::default();
-        let run = place::run(
-            place,
-            options.lab,
-            &artifacts,
-            &program,
-            &arguments,
-            &mut |said| match said {
-                Said::Output(bytes) => reader.take(bytes),
-                Said::Again => reader = Reader::default(),
-            },
-        );
-        // What was counted before a lab died counts, and its death is a failure.
-        tally += match run {
-            Ok(status) => reader.end(status == 0),
-            Err(error) => {
-                println!("{name}: {}", chain(&error));
-                reader.end(false)
-            }
-        };
-    }
-    if tally == Tally::default() {
-        return Err(RunnerError::NotRun("no guest test was selected"));
-    }
-    Ok(tally)
 }

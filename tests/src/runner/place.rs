@@ -28,8 +28,8 @@ pub enum Place {
 /// The machine of a lab run.
 #[derive(Debug, Clone, Copy)]
 pub struct LabSize {
-    /// CPUs.
-    pub cpus: u32,
+    /// CPUs, if it shall not be what the program needs.
+    pub cpus: Option<u32>,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Time for a run.
@@ -73,85 +73,93 @@ pub fn choose(vmm: &Path, force_lab: bool) -> Result<Place, RunnerError> {
 pub enum Said<'a> {
     /// Bytes of standard output.
     Output(&'a [u8]),
-    /// All output so far is void: the run begins again.
-    Again,
+    /// Bytes of standard error.
+    Errors(&'a [u8]),
+    /// A line about the lab.
+    Note(&'a str),
+    /// All output so far is void: the run begins again, as this line says.
+    Again(&'a str),
 }
 
-/// Runs a program where guests run. Returns its status as a shell would.
-pub fn run(
-    place: Place,
-    size: LabSize,
-    artifacts: &Artifacts,
-    program: &Path,
-    arguments: &[String],
-    said: &mut dyn FnMut(Said<'_>),
-) -> Result<i32, RunnerError> {
-    match place {
-        Place::Here => {
-            let mut command = command(&program.to_string_lossy(), &[]);
-            command.args(arguments).envs(artifacts.env());
-            let done = stream(&mut command, |line| {
-                pass(line);
-                said(Said::Output(line));
-            })?;
-            Ok(i32::from(!done))
-        }
-        Place::Lab => in_lab(size, artifacts, program, arguments, said),
+/// Passes on what is said, as it comes.
+pub fn print(said: Said<'_>) {
+    match said {
+        Said::Output(bytes) | Said::Errors(bytes) => pass(bytes),
+        Said::Note(line) | Said::Again(line) => println!("{line}"),
     }
 }
 
-fn in_lab(
-    size: LabSize,
-    artifacts: &Artifacts,
-    program: &Path,
-    arguments: &[String],
-    said: &mut dyn FnMut(Said<'_>),
-) -> Result<i32, RunnerError> {
-    let name = program.file_name().unwrap_or(program.as_os_str());
-    let command = format!("/bin/{}", name.to_string_lossy());
-    let mut argv = vec![command.clone()];
-    argv.extend_from_slice(arguments);
-    let mut lab = Lab::new(argv);
-    lab.cpus = size.cpus;
-    lab.memory_mib = size.memory_mib;
-    lab.timeout = Some(size.timeout);
-    lab.files.push((program.to_owned(), command));
-    for (name, here, there) in artifacts.places() {
-        lab.env.push((name.to_owned(), there.to_owned()));
-        lab.files.push((here.to_owned(), there.to_owned()));
-    }
-    for name in ["RUST_BACKTRACE", "RUST_LOG"] {
-        if let Ok(value) = std::env::var(name) {
-            lab.env.push((name.to_owned(), value));
-        }
-    }
-    let outcome = lab
-        .run(&mut |event| match event {
-            Event::Started(hello, took) => println!(
-                "lab: Linux {}, {} CPUs, {} MiB, npt and tdp_mmu on, up in {:.1} s",
-                hello.kernel,
-                hello.cpus,
-                size.memory_mib,
-                took.as_secs_f64()
-            ),
-            Event::Stdout(data) => {
-                pass(data);
-                said(Said::Output(data));
+/// A program to run where guests run.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    /// Where that is.
+    pub place: Place,
+    /// The lab, if it is there; one CPU if nothing is said.
+    pub lab: LabSize,
+    /// What guests need.
+    pub artifacts: &'a Artifacts,
+    /// The program.
+    pub program: &'a Path,
+    /// Its arguments.
+    pub arguments: &'a [String],
+}
+
+impl Run<'_> {
+    /// Runs it. Returns its status as a shell would.
+    pub fn follow(self, said: &mut dyn FnMut(Said<'_>)) -> Result<i32, RunnerError> {
+        match self.place {
+            Place::Here => {
+                let mut command = command(&self.program.to_string_lossy(), &[]);
+                command.args(self.arguments).envs(self.artifacts.env());
+                let done = stream(&mut command, |line| said(Said::Output(line)))?;
+                Ok(i32::from(!done))
             }
-            Event::Stderr(data) => pass(data),
-            Event::Note(line) => println!("lab: {line}"),
-            Event::Console(_) => {}
-            Event::Retry(count) => {
-                println!(
-                    "lab: died of the emulator's known race (Oops: int3); starting again, \
+            Place::Lab => self.in_lab(said),
+        }
+    }
+
+    fn in_lab(self, said: &mut dyn FnMut(Said<'_>)) -> Result<i32, RunnerError> {
+        let name = self.program.file_name().unwrap_or(self.program.as_os_str());
+        let command = format!("/bin/{}", name.to_string_lossy());
+        let mut argv = vec![command.clone()];
+        argv.extend_from_slice(self.arguments);
+        let mut lab = Lab::new(argv);
+        lab.cpus = self.lab.cpus.unwrap_or(1);
+        lab.memory_mib = self.lab.memory_mib;
+        lab.timeout = Some(self.lab.timeout);
+        lab.files.push((self.program.to_owned(), command));
+        for (name, here, there) in self.artifacts.places() {
+            lab.env.push((name.to_owned(), there.to_owned()));
+            lab.files.push((here.to_owned(), there.to_owned()));
+        }
+        for name in ["RUST_BACKTRACE", "RUST_LOG"] {
+            if let Ok(value) = std::env::var(name) {
+                lab.env.push((name.to_owned(), value));
+            }
+        }
+        let outcome = lab
+            .run(&mut |event| match event {
+                Event::Started(hello, took) => said(Said::Note(&format!(
+                    "lab: Linux {}, {} CPU{}, {} MiB, npt and tdp_mmu on, up in {:.1} s",
+                    hello.kernel,
+                    hello.cpus,
+                    if hello.cpus == 1 { "" } else { "s" },
+                    self.lab.memory_mib,
+                    took.as_secs_f64()
+                ))),
+                Event::Stdout(data) => said(Said::Output(data)),
+                Event::Stderr(data) => said(Said::Errors(data)),
+                Event::Note(line) => said(Said::Note(&format!("lab: {line}"))),
+                Event::Console(_) => {}
+                Event::Retry(count, console) => said(Said::Again(&format!(
+                    "{console}\nlab: died of a fault of the emulator; starting again, \
                      retry {count}; what it printed so far does not count"
-                );
-                said(Said::Again);
-            }
+                ))),
+            })
+            .map_err(RunnerError::Lab)?;
+        Ok(match outcome.ended {
+            Ended::Exited(code) => code,
+            Ended::Signaled(signal) => 128 + signal,
         })
-        .map_err(RunnerError::Lab)?;
-    Ok(match outcome.ended {
-        Ended::Exited(code) => code,
-        Ended::Signaled(signal) => 128 + signal,
-    })
+    }
 }
