@@ -34,6 +34,8 @@ pub struct Geometry {
     pub data_off: u64,
     /// Length of the data area; 2 MiB multiple.
     pub data_len: u64,
+    /// Whether PMD entries may be leaves of 2 MiB.
+    pub huge_pages: bool,
 }
 
 impl Geometry {

@@ -43,6 +43,10 @@ pub const VIRTIO_MSHARE_F_FORCED: u32 = 1;
 /// Feature bit: this guest may create, protect, discard and unlink regions
 /// and write their data.
 pub const VIRTIO_MSHARE_F_WRITE: u32 = 2;
+/// Feature bit: PMD entries may map 2 MiB, and are zero while the host writes
+/// their page again: an access then is to be tried again. A driver that does
+/// not accept it cannot attach regions.
+pub const VIRTIO_MSHARE_F_HUGE: u32 = 3;
 
 /// Shared-memory region id of the window.
 pub const VIRTIO_MSHARE_SHM_ID: u32 = 0;

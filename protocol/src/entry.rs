@@ -1,15 +1,15 @@
-//! Format of the shared page-table entries (x86-64, 4 KiB leaves).
+//! Format of the shared page-table entries (x86-64).
 //!
 //! The bits are those of Intel SDM volume 3, section 5.5 (4-level and 5-level
 //! paging) and AMD APM volume 2, section 5.3; which of them a Linux guest
-//! accepts is decided by `pmd_bad()` and `pte_special()` in
+//! accepts is decided by `pmd_bad()`, `pte_special()` and `pmd_special()` in
 //! `arch/x86/include/asm/pgtable.h`. An entry in any other format makes a
 //! guest kernel clear it (`pmd_clear_bad()`) or oops (reserved bit).
 //!
 //! ```text
 //!   63   62..59  58..52   51..12          11..10  9        8  7  6  5  4..3  2   1   0
 //!  +----+-------+--------+---------------+-------+--------+--+--+--+--+-----+---+---+---+
-//!  | NX | pkey  |   0    | guest-phys    |   0   |SPECIAL |G |0 |D |A | 0   |US |RW |P  |
+//!  | NX | pkey  |   0    | guest-phys    |   0   |SPECIAL |G |PS|D |A | 0   |US |RW |P  |
 //!  |    |  = 0  |        | frame address |       |        |=0|  |  |  |     |   |   |   |
 //!  +----+-------+--------+---------------+-------+--------+--+--+--+--+-----+---+---+---+
 //! ```
@@ -34,6 +34,8 @@ pub const A: u64 = 1 << 5;
 /// Dirty; preset on writable leaves, clear on read-only ones (RW = 0, D = 1
 /// would be a shadow-stack page to a CPU with CET).
 pub const D: u64 = 1 << 6;
+/// Page size: this PMD entry is a leaf of 2 MiB. In a PTE the bit is PAT, and 0.
+pub const PS: u64 = 1 << 7;
 /// Software bit 9: `_PAGE_SPECIAL`, no `struct page` behind it.
 pub const SPECIAL: u64 = 1 << 9;
 /// No execute.
@@ -97,6 +99,19 @@ pub const fn leaf(gpa: u64, prot: Prot) -> u64 {
     }
 }
 
+/// The PMD entry that maps 2 MiB from guest-physical address `gpa` on.
+///
+/// `gpa` must be 2 MiB-aligned and inside [`ADDR_MASK`]; other bits are
+/// dropped. There is none for [`Prot::None`]: zero in a PMD entry means that
+/// the page is being written again.
+#[must_use]
+pub const fn huge_leaf(gpa: u64, prot: Prot) -> u64 {
+    match leaf(gpa & !(PMD_SIZE - 1), prot) {
+        0 => 0,
+        entry => entry | PS,
+    }
+}
+
 /// The PMD entry for the PTE page at guest-physical address `gpa`.
 #[must_use]
 pub const fn table(gpa: u64) -> u64 {
@@ -124,6 +139,23 @@ pub const fn decode_leaf(entry: u64) -> Result<Option<(u64, Prot)>, BadEntry> {
     }
 }
 
+/// Decodes a PMD entry that is a leaf to its address and protection;
+/// `Ok(None)` if absent.
+///
+/// # Errors
+/// [`BadEntry`] if it is none that [`huge_leaf`] writes.
+pub const fn decode_huge_leaf(entry: u64) -> Result<Option<(u64, Prot)>, BadEntry> {
+    if entry == 0 {
+        return Ok(None);
+    }
+    match decode_leaf(entry & !PS) {
+        Ok(Some((addr, prot))) if entry & PS != 0 && addr.is_multiple_of(PMD_SIZE) => {
+            Ok(Some((addr, prot)))
+        }
+        _ => Err(BadEntry(entry)),
+    }
+}
+
 /// Decodes a PMD entry to the address of its PTE page; `Ok(None)` if absent.
 ///
 /// # Errors
@@ -147,6 +179,20 @@ mod tests {
             assert_eq!(decode_leaf(entry), Ok(Some((0x40_1234_5000, prot))));
         }
         assert_eq!(decode_leaf(leaf(0x5000, Prot::None)), Ok(None));
+    }
+
+    #[test]
+    fn huge_leaf_decodes_to_what_was_encoded_and_is_no_table() {
+        for prot in [Prot::Read, Prot::ReadWrite] {
+            let entry = huge_leaf(0x40_1220_0000, prot);
+            assert_eq!(decode_huge_leaf(entry), Ok(Some((0x40_1220_0000, prot))));
+            assert!(decode_table(entry).is_err() && decode_leaf(entry).is_err());
+        }
+        assert_eq!(huge_leaf(0x20_0000, Prot::None), 0);
+        let astray = huge_leaf(0x20_0000, Prot::Read) | 0x1000;
+        assert_eq!(decode_huge_leaf(astray), Err(BadEntry(astray)));
+        let small = leaf(0x20_0000, Prot::Read);
+        assert_eq!(decode_huge_leaf(small), Err(BadEntry(small)));
     }
 
     #[test]

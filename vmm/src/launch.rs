@@ -24,9 +24,12 @@ pub enum Error {
     /// A pool option that is not understood.
     #[error(
         "{0:?} is not understood: give SOCKET[,policy=P] to join a pool, or \
-         size=N[,socket=PATH][,window=ADDRESS][,policy=P[:P...]] to make one"
+         size=N[,pages=2M][,socket=PATH][,window=ADDRESS][,policy=P[:P...]] to make one"
     )]
     Pool(String),
+    /// A size of pages that regions cannot have.
+    #[error("{0:?} is no size of a region's pages: give 4K or 2M")]
+    PageSize(String),
     /// A policy that does not exist.
     #[error("{0:?} is not a policy: give rw, ro, private, private-ro or none")]
     Policy(String),
@@ -105,7 +108,31 @@ pub enum PoolSource {
         socket: Option<PathBuf>,
         /// Guest-physical address of the window, if not the default one.
         window: Option<u64>,
+        /// Size of its pages.
+        pages: PageSize,
     },
+}
+
+/// Size of the pages by which a pool's regions are mapped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PageSize {
+    /// 4 KiB each.
+    #[default]
+    Small,
+    /// 2 MiB where protections are the same for all of it, else 4 KiB.
+    Huge,
+}
+
+impl FromStr for PageSize {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "4K" => Ok(Self::Small),
+            "2M" => Ok(Self::Huge),
+            _ => Err(Error::PageSize(text.into())),
+        }
+    }
 }
 
 impl FromStr for PoolOption {
@@ -114,7 +141,7 @@ impl FromStr for PoolOption {
     fn from_str(text: &str) -> Result<Self, Error> {
         let bad = || Error::Pool(text.into());
         let mut policies = vec![GuestPolicy(Some(Policy::Rw))];
-        let (mut size, mut socket, mut window) = (None, None, None);
+        let (mut size, mut socket, mut window, mut pages) = (None, None, None, None);
         for (i, part) in text.split(',').enumerate() {
             match part.split_once('=') {
                 Some(("policy", list)) => {
@@ -122,18 +149,20 @@ impl FromStr for PoolOption {
                 }
                 Some(("size", value)) => size = Some(value.parse().map_err(|_| bad())?),
                 Some(("socket", path)) if !path.is_empty() => socket = Some(path.into()),
+                Some(("pages", value)) => pages = Some(value.parse()?),
                 Some(("window", value)) => window = Some(address(value).ok_or_else(bad)?),
                 None if i == 0 && !part.is_empty() => socket = Some(part.into()),
                 _ => return Err(bad()),
             }
         }
-        let source = match (size, socket, window) {
-            (Some(size), socket, window) => PoolSource::Create {
+        let source = match (size, socket, window, pages) {
+            (Some(size), socket, window, pages) => PoolSource::Create {
                 size,
                 socket,
                 window,
+                pages: pages.unwrap_or_default(),
             },
-            (None, Some(path), None) => PoolSource::Join(path),
+            (None, Some(path), None, None) => PoolSource::Join(path),
             _ => return Err(bad()),
         };
         Ok(Self { source, policies })
@@ -260,7 +289,7 @@ mod tests {
         let join: PoolOption = "/run/p,policy=ro".parse().unwrap();
         assert_eq!(join.source, PoolSource::Join("/run/p".into()));
         assert_eq!(join.policies, [GuestPolicy(Some(Policy::Ro))]);
-        let create: PoolOption = "size=1G,window=0x8000000000,policy=rw:none"
+        let create: PoolOption = "size=1G,window=0x8000000000,pages=2M,policy=rw:none"
             .parse()
             .unwrap();
         assert_eq!(
@@ -269,6 +298,7 @@ mod tests {
                 size: MemorySize(1 << 30),
                 socket: None,
                 window: Some(0x80_0000_0000),
+                pages: PageSize::Huge,
             }
         );
         assert_eq!(create.policies[1], GuestPolicy(None));
@@ -281,6 +311,7 @@ mod tests {
             "size=x",
             "size=1G,what=1",
             "/p,window=1",
+            "/p,pages=2M",
             "policy=rw",
             "/p,/q",
         ] {
@@ -289,6 +320,8 @@ mod tests {
         }
         let error = "/p,policy=all".parse::<PoolOption>().unwrap_err();
         assert!(error.to_string().contains("private-ro"), "{error}");
+        let error = "size=1G,pages=1G".parse::<PoolOption>().unwrap_err();
+        assert!(error.to_string().contains("4K or 2M"), "{error}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use mshare_pool::broker::{Broker, BrokerError};
 use mshare_pool::layout::PoolConfig;
 use mshare_pool::server::{Listener, Options, Server, ServerError};
 
-use crate::launch::{PoolOption, PoolSource};
+use crate::launch::{PageSize, PoolOption, PoolSource};
 
 /// Why the pool is not served.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +46,7 @@ impl PoolService {
     ///
     /// See [`Error`]; nothing is left behind.
     pub fn start(pool: &PoolOption) -> Result<Self, Error> {
-        let (size, socket, window) = match &pool.source {
+        let (size, socket, window, pages) = match &pool.source {
             PoolSource::Join(socket) => {
                 return Ok(Self {
                     _server: None,
@@ -58,9 +58,11 @@ impl PoolService {
                 size,
                 socket,
                 window,
-            } => (size, socket, window),
+                pages,
+            } => (size, socket, window, *pages),
         };
         let mut config = PoolConfig::new(size.0);
+        config.huge_pages = pages == PageSize::Huge;
         if let Some(window) = window {
             config.window_gpa = *window;
         }

@@ -3,6 +3,7 @@
 
 use mshare_pool::layout::PoolConfig;
 use mshare_protocol::agent::{Map, MemOp, Op, Probe, SpinKind, Value};
+use mshare_protocol::entry::Prot;
 use mshare_tests::guests::{Guest, Images, Options};
 
 use crate::common::*;
@@ -16,6 +17,7 @@ enum Without {
     DirectMap = 1 << 2,
     ReadOnlyLink = 1 << 5,
     ZapOnInvalidate = 1 << 6,
+    Retry = 1 << 15,
 }
 
 fn pool() -> Pool {
@@ -63,8 +65,7 @@ fn private_guest_writes_on(without: Without) -> bool {
     p.agent.run_one("w", 0, spin).unwrap();
     eventually("the guest writes", || pool.word("r", 0) > 1000);
     let id = pool.admin.lookup(b"r").unwrap().id;
-    let read = mshare_protocol::entry::Prot::Read;
-    pool.admin.protect(id, 0, PAGE, read).unwrap();
+    pool.admin.protect(id, 0, PAGE, Prot::Read).unwrap();
     let at_return = pool.word("r", 0);
     std::thread::sleep(std::time::Duration::from_millis(200));
     let writes_on = pool.word("r", 0) != at_return;
@@ -104,4 +105,42 @@ fn tables_outside_the_direct_map_make_gup_fast_oops() {
     let intact = complaints_about_pinning(Without::Nothing);
     assert!(intact.is_empty(), "{intact:?}");
     assert!(!complaints_about_pinning(Without::DirectMap).is_empty());
+}
+
+/// The signal that a process gets that reads beside a page whose rights come
+/// and go, under one entry of 2 MiB.
+fn neighbour_of_a_split(without: Without) -> Option<i32> {
+    let pool = Pool::huge(Images::ablation_from_env().unwrap());
+    let mut a = guest(&pool, "a", "rw", without);
+    a.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    let spin = at(MIB, MemOp::Spin(SpinKind::Read));
+    a.agent.run_one("w", 0, spin).unwrap();
+    let id = pool.admin.lookup(b"r").unwrap().id;
+    let protect = |len, prot| pool.admin.protect(id, 0, len, prot).unwrap();
+    let begun = std::time::Instant::now();
+    let mut fault = None;
+    while fault.is_none() && begun.elapsed() < std::time::Duration::from_secs(20) {
+        for _ in 0..50 {
+            protect(PAGE, Prot::None);
+            protect(2 * MIB, Prot::ReadWrite);
+        }
+        let status = a.agent.run_one("w", 0, Op::SpinStatus).unwrap();
+        let Value::Spin(spin) = status else {
+            panic!("{status:?}")
+        };
+        fault = spin.fault.map(|fault| fault.signal);
+        if matches!(without, Without::Nothing) && begun.elapsed().as_secs() >= 2 {
+            break;
+        }
+    }
+    a.agent.run_one("w", 0, Op::SpinStop).unwrap();
+    fault
+}
+
+#[test]
+fn absent_entry_taken_for_a_lack_of_rights_kills_neighbours_of_a_split() {
+    assert_eq!(neighbour_of_a_split(Without::Nothing), None);
+    assert_eq!(neighbour_of_a_split(Without::Retry), Some(libc::SIGSEGV));
 }

@@ -31,6 +31,15 @@ impl Pool {
         Self::with(&PoolConfig::new(GIB), Images::from_env().unwrap())
     }
 
+    /// The same with entries of 2 MiB.
+    pub fn huge(images: Images) -> Self {
+        let config = PoolConfig {
+            huge_pages: true,
+            ..PoolConfig::new(GIB)
+        };
+        Self::with(&config, images)
+    }
+
     pub fn with(config: &PoolConfig, images: Images) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("pool");

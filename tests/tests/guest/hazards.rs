@@ -2,11 +2,19 @@
 //! pages have no `struct page` and whose tables belong to nobody in the guest.
 
 use mshare_protocol::agent::{Map, MemOp, Probe, Value};
-use mshare_tests::guests::Guest;
+use mshare_tests::guests::{Guest, Images};
 
 use crate::common::*;
 
 const LEN: u64 = 64 * MIB;
+
+/// Pools with entries of 4 KiB and of 2 MiB.
+fn pools() -> impl Iterator<Item = Pool> {
+    let huge = || Pool::huge(Images::from_env().unwrap());
+    [Pool::new as fn() -> Pool, huge]
+        .into_iter()
+        .map(|new| new())
+}
 
 fn attached(pool: &Pool) -> Guest {
     let mut a = pool.guest("a", "rw");
@@ -30,122 +38,125 @@ fn probe(guest: &mut Guest, group: &str, probe: Probe) -> mshare_protocol::agent
 
 #[test]
 fn page_pinning_is_refused_and_copying_works() {
-    let pool = Pool::new();
-    let mut a = attached(&pool);
-    a.agent.write_file("/tmp/f", &[0x11; 4096]).unwrap();
-    let path = || "/tmp/f".to_owned();
-    let disk = || "/dev/ram0".to_owned();
-    for (what, refused) in [
-        (
-            "O_DIRECT",
-            Probe::ODirectRead {
-                path: disk(),
-                len: 4096,
-            },
-        ),
-        ("process_vm_readv", Probe::VmRead { len: 8 }),
-        ("process_vm_writev", Probe::VmWrite { len: 8 }),
-        ("vmsplice", Probe::Vmsplice { len: 4096 }),
-        ("shared futex", Probe::FutexWake { private: false }),
-    ] {
-        let probed = probe(&mut a, "w", refused);
-        assert_eq!((probed.ret, probed.errno), (-1, libc::EFAULT), "{what}");
+    for pool in pools() {
+        let mut a = attached(&pool);
+        a.agent.write_file("/tmp/f", &[0x11; 4096]).unwrap();
+        let path = || "/tmp/f".to_owned();
+        let disk = || "/dev/ram0".to_owned();
+        for (what, refused) in [
+            (
+                "O_DIRECT",
+                Probe::ODirectRead {
+                    path: disk(),
+                    len: 4096,
+                },
+            ),
+            ("process_vm_readv", Probe::VmRead { len: 8 }),
+            ("process_vm_writev", Probe::VmWrite { len: 8 }),
+            ("vmsplice", Probe::Vmsplice { len: 4096 }),
+            ("shared futex", Probe::FutexWake { private: false }),
+        ] {
+            let probed = probe(&mut a, "w", refused);
+            assert_eq!((probed.ret, probed.errno), (-1, libc::EFAULT), "{what}");
+        }
+        assert_eq!(load(&mut a, "w", 0), 0x5a5a);
+        for (what, works) in [
+            ("private futex", Probe::FutexWake { private: true }),
+            (
+                "write(2) from the region",
+                Probe::Pwrite {
+                    path: path(),
+                    len: 4096,
+                },
+            ),
+            (
+                "read(2) into the region",
+                Probe::Pread {
+                    path: path(),
+                    len: 4096,
+                },
+            ),
+        ] {
+            let probed = probe(&mut a, "w", works);
+            assert!(probed.ret >= 0, "{what}: {probed:?}");
+        }
+        let moved = probe(&mut a, "w", Probe::MovePages);
+        // The status of the page is a negative errno, or the call itself fails.
+        let status = moved.extra.to_le_bytes();
+        let status = i32::from_le_bytes([status[0], status[1], status[2], status[3]]);
+        assert!(status < 0 || moved.ret < 0, "{moved:?}");
+        assert_quiet(&mut a);
     }
-    assert_eq!(load(&mut a, "w", 0), 0x5a5a);
-    for (what, works) in [
-        ("private futex", Probe::FutexWake { private: true }),
-        (
-            "write(2) from the region",
-            Probe::Pwrite {
-                path: path(),
-                len: 4096,
-            },
-        ),
-        (
-            "read(2) into the region",
-            Probe::Pread {
-                path: path(),
-                len: 4096,
-            },
-        ),
-    ] {
-        let probed = probe(&mut a, "w", works);
-        assert!(probed.ret >= 0, "{what}: {probed:?}");
-    }
-    let moved = probe(&mut a, "w", Probe::MovePages);
-    // The status of the page is a negative errno, or the call itself fails.
-    let status = moved.extra.to_le_bytes();
-    let status = i32::from_le_bytes([status[0], status[1], status[2], status[3]]);
-    assert!(status < 0 || moved.ret < 0, "{moved:?}");
-    assert_quiet(&mut a);
 }
 
 #[test]
 fn kernel_does_not_write_through_a_read_only_attachment() {
-    let pool = Pool::new();
-    let mut a = attached(&pool);
-    a.agent.write_file("/tmp/f", &[0x11; 4096]).unwrap();
-    for (what, write) in [
-        (
-            "read(2)",
-            Probe::Pread {
-                path: "/tmp/f".to_owned(),
-                len: 4096,
-            },
-        ),
-        (
-            "O_DIRECT",
-            Probe::ODirectRead {
-                path: "/dev/ram0".to_owned(),
-                len: 4096,
-            },
-        ),
-        ("process_vm_writev", Probe::VmWrite { len: 8 }),
-    ] {
-        let probed = probe(&mut a, "ro", write);
-        assert_eq!((probed.ret, probed.errno), (-1, libc::EFAULT), "{what}");
-        assert_eq!(load(&mut a, "w", 0), 0x5a5a, "{what}");
+    for pool in pools() {
+        let mut a = attached(&pool);
+        a.agent.write_file("/tmp/f", &[0x11; 4096]).unwrap();
+        for (what, write) in [
+            (
+                "read(2)",
+                Probe::Pread {
+                    path: "/tmp/f".to_owned(),
+                    len: 4096,
+                },
+            ),
+            (
+                "O_DIRECT",
+                Probe::ODirectRead {
+                    path: "/dev/ram0".to_owned(),
+                    len: 4096,
+                },
+            ),
+            ("process_vm_writev", Probe::VmWrite { len: 8 }),
+        ] {
+            let probed = probe(&mut a, "ro", write);
+            assert_eq!((probed.ret, probed.errno), (-1, libc::EFAULT), "{what}");
+            assert_eq!(load(&mut a, "w", 0), 0x5a5a, "{what}");
+        }
+        assert_quiet(&mut a);
     }
-    assert_quiet(&mut a);
 }
 
 #[test]
 fn page_table_walkers_see_a_hole_and_change_nothing() {
-    let pool = Pool::new();
-    let mut a = attached(&pool);
-    for advice in [
-        libc::MADV_COLD,
-        libc::MADV_PAGEOUT,
-        libc::MADV_FREE,
-        libc::MADV_DONTNEED,
-        libc::MADV_WILLNEED,
-        libc::MADV_HUGEPAGE,
-        libc::MADV_COLLAPSE,
-        libc::MADV_MERGEABLE,
-        libc::MADV_POPULATE_READ,
-    ] {
-        // Some are refused and some do nothing; none may harm.
-        probe(&mut a, "w", Probe::Madvise { len: MIB, advice });
-        assert_eq!(load(&mut a, "w", 0), 0x5a5a, "madvise {advice}");
-    }
-    probe(&mut a, "w", Probe::Mincore);
-    probe(&mut a, "w", Probe::Mbind { len: PAGE });
-    probe(&mut a, "w", Probe::Mlock { len: PAGE });
-    let pid = a.agent.groups().unwrap()[0].pids[0];
-    for file in ["smaps", "maps", "pagemap"] {
-        // The pagemap is huge; the first bytes are as good as any.
-        let _ = a.agent.read_file(&format!("/proc/{pid}/{file}"));
-    }
-    for value in ["1", "2", "3", "4"] {
+    for pool in pools() {
+        let mut a = attached(&pool);
+        for advice in [
+            libc::MADV_COLD,
+            libc::MADV_PAGEOUT,
+            libc::MADV_FREE,
+            libc::MADV_DONTNEED,
+            libc::MADV_WILLNEED,
+            libc::MADV_HUGEPAGE,
+            libc::MADV_COLLAPSE,
+            libc::MADV_MERGEABLE,
+            libc::MADV_POPULATE_READ,
+        ] {
+            // Some are refused and some do nothing; none may harm.
+            probe(&mut a, "w", Probe::Madvise { len: MIB, advice });
+            assert_eq!(load(&mut a, "w", 0), 0x5a5a, "madvise {advice}");
+        }
+        probe(&mut a, "w", Probe::Mincore);
+        probe(&mut a, "w", Probe::Mbind { len: PAGE });
+        probe(&mut a, "w", Probe::Mlock { len: PAGE });
+        let pid = a.agent.groups().unwrap()[0].pids[0];
+        for file in ["smaps", "maps", "pagemap"] {
+            // The pagemap is huge; the first bytes are as good as any.
+            let _ = a.agent.read_file(&format!("/proc/{pid}/{file}"));
+        }
+        for value in ["1", "2", "3", "4"] {
+            a.agent
+                .write_file(&format!("/proc/{pid}/clear_refs"), value.as_bytes())
+                .unwrap();
+        }
         a.agent
-            .write_file(&format!("/proc/{pid}/clear_refs"), value.as_bytes())
+            .write_file("/proc/sys/vm/compact_memory", b"1")
             .unwrap();
+        assert_eq!(load(&mut a, "w", 0), 0x5a5a);
+        assert_quiet(&mut a);
     }
-    a.agent
-        .write_file("/proc/sys/vm/compact_memory", b"1")
-        .unwrap();
-    assert_eq!(load(&mut a, "w", 0), 0x5a5a);
-    assert_quiet(&mut a);
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod broker;
 mod common;
 mod errnos;
 mod hazards;
+mod huge;
 mod local;
 mod policies;
 mod sharing;

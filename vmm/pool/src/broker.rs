@@ -631,7 +631,7 @@ impl Broker {
         // After an error some of the rights may be gone; after a recovery a
         // former broker may have taken them and told nobody.
         let told = match &edit {
-            Ok(edit) => edit.revoked() || self.recovered && intent.prot != Prot::ReadWrite,
+            Ok(edit) => edit.revoked || self.recovered && intent.prot != Prot::ReadWrite,
             Err(_) => true,
         };
         if told {

@@ -341,6 +341,7 @@ impl Directory {
             table_gpa: self.geometry.window_gpa,
             data_off: entry.data_off,
             data_gpa: self.geometry.window_gpa + self.geometry.data_off,
+            huge: self.geometry.huge_pages,
         }
     }
 

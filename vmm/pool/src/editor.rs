@@ -1,36 +1,56 @@
 //! The table editor: the one writer of table entries.
 //!
-//! Invariants, for every region:
-//! 1. Each of the `k` PMD entries points at its own PTE page (a *slot* of the
-//!    region's range), from the end of [`Tables::build`] to the start of
-//!    [`Tables::destroy`]. There is no entry without a table.
-//! 2. The content of a PTE is a function of its page and its protection
-//!    alone ([`leaf`]). A copy of a PTE page is made anew from what the old
-//!    entries permit, never from their bits: a word that a guest has damaged
-//!    is not carried on.
+//! A *unit* is 2 MiB of a region, one PMD entry. It is mapped by a PTE page (a
+//! *slot* of the region's range) or, in a region with huge pages, by the PMD
+//! entry itself: a *leaf*. Invariants, for every region:
+//! 1. Each of the `k` PMD entries is a leaf or points at its own slot, from the
+//!    end of [`Tables::build`] to the start of [`Tables::destroy`]. Only while
+//!    a PMD page is being rewritten (6) its entries are zero, which to a guest
+//!    means: try again.
+//! 2. The content of an entry is a function of its page and its protection
+//!    alone ([`leaf`], [`huge_leaf`]). A copy of a PTE page is made anew from
+//!    what the old entries permit, never from their bits: a word that a guest
+//!    has damaged is not carried on. There is no leaf without access; such a
+//!    unit has a PTE page.
 //! 3. A page of entries is complete before a PMD entry points at it (release).
 //! 4. An edit that adds rights is a store in place: a CPU that still holds
 //!    the old entry faults once and walks again.
-//! 5. An edit that takes a right away is copy, publish, punch: the PTE page is
-//!    copied with the edit into a spare slot, the PMD entry is switched to it,
-//!    and the old slot is punched out of the file. The punch makes every vCPU
-//!    flush that could hold a translation made from the old page.
-//! 6. A slot is spare if no PMD entry refers to it; a spare slot is a hole in
-//!    the file. So the state of the slots can be read off the tables, which is
-//!    how [`Tables::recover`] finds it after the broker was killed.
+//! 5. An edit that takes a right away from a unit with a PTE page is copy,
+//!    publish, punch: the PTE page is copied with the edit into a spare slot,
+//!    the PMD entry is switched to it (or to a leaf), and the old slot is
+//!    punched out of the file. The punch makes every vCPU flush that could hold
+//!    a translation made from the old page.
+//! 6. A leaf lives in a PMD page, which links refer to by its address: it
+//!    cannot be replaced by another. So an edit that takes a right from a leaf,
+//!    or splits it, is shadow, punch, rewrite: the page's new content is made in
+//!    its shadow, the PMD page is punched, which makes every vCPU flush, and is
+//!    written again from the shadow, which is punched last. No CPU ever holds a
+//!    leaf and entries of the PTE page that replaces it at the same time.
+//! 7. A slot is spare if no PMD entry refers to it; a spare slot is a hole in
+//!    the file, and so is a shadow that is not in use. A PMD page with a zero
+//!    entry was being rewritten and its shadow is complete. So the state can be
+//!    read off the tables, which is how [`Tables::recover`] finds it after the
+//!    broker was killed.
+
+mod recover;
+mod replace;
+mod slots;
+
+use std::ops::Range;
 
 use mshare_protocol::entry::{
-    A, D, ENTRIES, P, PAGE_SIZE, PMD_SIZE, Prot, RW, decode_table, leaf, table,
+    A, D, ENTRIES, P, PAGE_SIZE, PMD_SIZE, Prot, RW, huge_leaf, leaf, table,
 };
 
 use crate::layout::{Span, pmd_pages, pte_pages};
 use crate::memory::{MemoryError, SharedFile, WORD};
+use replace::{Batch, Change};
+use slots::SlotMap;
+
+pub use recover::Found;
 
 /// Words in a page.
 const PAGE_WORDS: u64 = PAGE_SIZE / WORD;
-/// Most PTE pages copied before the old ones are punched: 4 GiB of address
-/// range, 8 MiB of tables.
-const MAX_BATCH: usize = 2048;
 
 /// Why tables could not be edited. What was done before remains, complete.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +67,8 @@ pub enum EditError {
 #[cfg(feature = "ablation")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ablation {
-    /// The old PTE page is not punched: CPUs go on with what they have cached.
+    /// Nothing is punched: CPUs go on with what they have cached. A leaf is
+    /// edited in place.
     SkipPunch,
     /// The PMD entry is switched before the copy is complete.
     PublishBeforeCopy,
@@ -55,6 +76,8 @@ pub enum Ablation {
     KeepDirty,
     /// Rights are taken away by a store in place.
     EditInPlace,
+    /// A PMD page is punched without a shadow.
+    SkipShadow,
 }
 
 /// What an edit did.
@@ -62,34 +85,34 @@ pub enum Ablation {
 pub struct Edit {
     /// Entries stored in place.
     pub stored: u64,
-    /// PTE pages replaced.
-    pub copied: u64,
-}
-
-impl Edit {
+    /// PTE pages replaced by a copy or by a leaf.
+    pub replaced: u64,
+    /// Leaves changed by writing their PMD page again.
+    pub rewritten: u64,
     /// Whether some right was taken away from somebody.
-    #[must_use]
-    pub const fn revoked(&self) -> bool {
-        self.copied > 0
-    }
+    pub revoked: bool,
 }
 
-/// What recovery found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Found {
-    /// PMD entries that were no entries of this region; their 2 MiB are
-    /// without access now.
-    pub damaged: u64,
+/// How a unit is mapped. What guests write into the tables does not steer it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    /// By the PTE page in this slot.
+    Table(u32),
+    /// By a leaf with this protection, which is not [`Prot::None`].
+    Leaf(Prot),
 }
 
 /// The tables of one region.
 #[derive(Debug)]
 pub struct Tables {
     span: Span,
-    /// Slot of each PTE page. Authoritative while the broker runs: what guests
-    /// write into the tables does not steer it.
-    slot_of: Vec<u32>,
+    units: Vec<Unit>,
     slots: SlotMap,
+    /// PMD pages that are punched and have to be written again. Empty between
+    /// edits, unless there was no memory.
+    torn: Vec<u64>,
+    /// Slots that the edit under way has replaced.
+    old: Vec<u32>,
     #[cfg(feature = "ablation")]
     ablation: Option<Ablation>,
 }
@@ -105,20 +128,25 @@ const fn prot_of(entry: u64) -> Prot {
     }
 }
 
-/// Whether replacing `old` by the entry for `prot` takes something away: a
-/// right, or an address that does not belong there.
-fn takes_away(old: u64, gpa: u64, prot: Prot) -> bool {
-    let now = prot_of(old);
-    let foreign = (old ^ leaf(gpa, now)) & !(A | D) != 0;
-    foreign || now.bits() & !prot.bits() != 0
+/// Whether an entry differs from what the broker wrote in more than bits that
+/// CPUs set.
+const fn foreign(entry: u64, written: u64) -> bool {
+    (entry ^ written) & !(A | D) != 0
+}
+
+/// Whether a protection lacks rights that another has.
+const fn lacks(new: Prot, old: Prot) -> bool {
+    old.bits() & !new.bits() != 0
 }
 
 impl Tables {
     fn new(span: Span) -> Self {
         Self {
             span,
-            slot_of: Vec::new(),
+            units: Vec::new(),
             slots: SlotMap::new(span.slots()),
+            torn: Vec::new(),
+            old: Vec::new(),
             #[cfg(feature = "ablation")]
             ablation: None,
         }
@@ -151,6 +179,13 @@ impl Tables {
         file.populate(span.table_off, pmd_pages(span.len) * PAGE_SIZE)
             .map_err(EditError::NoMemory)?;
         let count = pte_pages(span.len);
+        if span.huge && prot != Prot::None {
+            for unit in 0..count {
+                self.units.push(Unit::Leaf(prot));
+                file.store(self.pmd_word(unit), self.huge_leaf(unit, prot));
+            }
+            return Ok(());
+        }
         let mut unit = 0;
         while unit < count {
             // One PMD page's worth at a time: 2 MiB of PTE pages.
@@ -159,54 +194,16 @@ impl Tables {
                 .map_err(EditError::NoMemory)?;
             for u in unit..end {
                 let slot = self.slots.take().unwrap_or_default();
-                self.slot_of.push(slot);
+                self.units.push(Unit::Table(slot));
                 let entries = (0..ENTRIES).map(|i| leaf(span.page_gpa(u * ENTRIES + i), prot));
                 file.fill(self.first_word(slot), entries);
             }
             for u in unit..end {
-                self.publish(file, u, self.slot(u));
+                file.store(self.pmd_word(u), self.pmd_entry(u));
             }
             unit = end;
         }
         Ok(())
-    }
-
-    /// Reads the state of the slots off the tables, frees the slots that
-    /// nothing refers to, and gives damaged units fresh tables without access.
-    ///
-    /// # Errors
-    /// [`EditError`].
-    pub fn recover(file: &SharedFile, span: Span) -> Result<(Self, Found), EditError> {
-        let mut tables = Self::new(span);
-        let mut damaged = Vec::new();
-        for unit in 0..pte_pages(span.len) {
-            let slot = decode_table(file.load(tables.pmd_word(unit)))
-                .ok()
-                .flatten()
-                .and_then(|gpa| span.slot_at(gpa))
-                .and_then(|slot| u32::try_from(slot).ok())
-                .filter(|&slot| tables.slots.take_at(slot));
-            if slot.is_none() {
-                damaged.push(unit);
-            }
-            tables.slot_of.push(slot.unwrap_or_default());
-        }
-        for (first, end) in tables.slots.free_runs() {
-            file.punch(span.slot_off(first), (end - first) * PAGE_SIZE)
-                .map_err(EditError::Punch)?;
-        }
-        for &unit in &damaged {
-            let slot = tables.slots.take().unwrap_or_default();
-            tables.set_slot(unit, slot);
-            // A hole reads as zero: no entry permits anything.
-            file.populate(span.slot_off(slot.into()), PAGE_SIZE)
-                .map_err(EditError::NoMemory)?;
-            tables.publish(file, unit, slot);
-        }
-        let found = Found {
-            damaged: damaged.len() as u64,
-        };
-        Ok((tables, found))
     }
 
     /// The region's ranges.
@@ -225,7 +222,10 @@ impl Tables {
     /// `None` beyond the end.
     #[must_use]
     pub fn prot(&self, file: &SharedFile, page: u64) -> Option<Prot> {
-        (page < self.span.len / PAGE_SIZE).then(|| prot_of(self.entry(file, page)))
+        (page < self.span.len / PAGE_SIZE).then(|| match self.unit(page / ENTRIES) {
+            Unit::Leaf(prot) => prot,
+            Unit::Table(slot) => prot_of(file.load(self.word(slot, page))),
+        })
     }
 
     /// Sets the protection of `pages` pages from `first` on. When it returns,
@@ -235,7 +235,8 @@ impl Tables {
     /// # Errors
     /// [`EditError`]; units of 2 MiB are done or not done as a whole, and a
     /// right that was taken from the tables is gone from all CPUs unless the
-    /// error is [`EditError::Punch`].
+    /// error is [`EditError::Punch`]. If there was no memory to write a PMD page
+    /// again, accesses to its GiB wait, and the next call tries again first.
     pub fn protect(
         &mut self,
         file: &SharedFile,
@@ -243,115 +244,90 @@ impl Tables {
         pages: u64,
         prot: Prot,
     ) -> Result<Edit, EditError> {
+        self.mend(file)?;
+        self.release_old(file)?;
         let end = (first + pages).min(self.span.len / PAGE_SIZE);
         let mut edit = Edit::default();
-        let mut batch = Batch {
-            first,
-            end,
-            prot,
-            units: Vec::new(),
-        };
+        let mut batch = Batch::new(first..end, prot);
         let mut page = first;
         while page < end {
             let unit = page / ENTRIES;
             let stop = ((unit + 1) * ENTRIES).min(end);
-            if self.must_copy(file, page..stop, prot) {
-                batch.units.push(unit);
-                let spare = usize::try_from(self.slots.spare()).unwrap_or(usize::MAX);
-                if batch.units.len() >= spare.min(MAX_BATCH) {
-                    edit.copied += self.replace(file, &mut batch)?;
+            match self.plan(file, unit, page..stop, prot) {
+                Some(change) => {
+                    batch.push(unit, change);
+                    if batch.is_full(self.slots.spare()) {
+                        self.replace(file, &mut batch, &mut edit)?;
+                    }
                 }
-            } else {
-                edit.stored += self.store_in_place(file, page..stop, prot);
+                None => edit.stored += self.store_in_place(file, unit, page..stop, prot),
             }
             page = stop;
         }
-        edit.copied += self.replace(file, &mut batch)?;
+        self.replace(file, &mut batch, &mut edit)?;
         Ok(edit)
     }
 
-    fn must_copy(&self, file: &SharedFile, pages: std::ops::Range<u64>, prot: Prot) -> bool {
+    /// What has to be done to a unit so that `pages` of it get `prot`; `None`
+    /// if stores in place will do.
+    fn plan(&self, file: &SharedFile, unit: u64, pages: Range<u64>, prot: Prot) -> Option<Change> {
+        let whole = pages.end - pages.start == ENTRIES;
+        let huge = self.span.huge && whole && prot != Prot::None;
+        match self.unit(unit) {
+            Unit::Table(slot) => {
+                let revokes = self.revokes(file, slot, pages, prot);
+                (revokes || huge).then_some(Change { huge, revokes })
+            }
+            Unit::Leaf(now) => {
+                let entry = file.load(self.pmd_word(unit));
+                let revokes = lacks(prot, now) || foreign(entry, self.huge_leaf(unit, now));
+                let same = prot == now || huge;
+                (revokes || !same).then_some(Change {
+                    huge: huge || prot == now,
+                    revokes,
+                })
+            }
+        }
+    }
+
+    fn revokes(&self, file: &SharedFile, slot: u32, pages: Range<u64>, prot: Prot) -> bool {
         #[cfg(feature = "ablation")]
         if self.ablation == Some(Ablation::EditInPlace) {
             return false;
         }
-        pages
-            .into_iter()
-            .any(|page| takes_away(self.entry(file, page), self.span.page_gpa(page), prot))
+        pages.into_iter().any(|page| {
+            let entry = file.load(self.word(slot, page));
+            let now = prot_of(entry);
+            lacks(prot, now) || foreign(entry, leaf(self.span.page_gpa(page), now))
+        })
     }
 
-    fn store_in_place(&self, file: &SharedFile, pages: std::ops::Range<u64>, prot: Prot) -> u64 {
+    fn store_in_place(
+        &mut self,
+        file: &SharedFile,
+        unit: u64,
+        pages: Range<u64>,
+        prot: Prot,
+    ) -> u64 {
         let mut stored = 0;
-        for page in pages {
-            let entry = self.leaf(page, prot);
-            if self.entry(file, page) != entry {
-                file.store(self.word(page), entry);
+        let mut store = |word, entry| {
+            if file.load(word) != entry {
+                file.store(word, entry);
                 stored += 1;
+            }
+        };
+        match self.unit(unit) {
+            Unit::Leaf(_) => {
+                store(self.pmd_word(unit), self.huge_leaf(unit, prot));
+                self.set_unit(unit, Unit::Leaf(prot));
+            }
+            Unit::Table(slot) => {
+                for page in pages {
+                    store(self.word(slot, page), self.leaf(page, prot));
+                }
             }
         }
         stored
-    }
-
-    /// Copy, publish, punch for the units of `batch`, which has at most as
-    /// many as there are spare slots. Returns their number and empties it.
-    fn replace(&mut self, file: &SharedFile, batch: &mut Batch) -> Result<u64, EditError> {
-        if batch.units.is_empty() {
-            return Ok(0);
-        }
-        let new: Vec<u32> = batch
-            .units
-            .iter()
-            .map_while(|_| self.slots.take())
-            .collect();
-        debug_assert_eq!(new.len(), batch.units.len());
-        for (first, end) in runs(&new) {
-            let (at, len) = (self.span.slot_off(first), (end - first) * PAGE_SIZE);
-            if let Err(e) = file.populate(at, len) {
-                self.release(file, &new)?;
-                return Err(EditError::NoMemory(e));
-            }
-        }
-        let mut old = Vec::with_capacity(new.len());
-        for (&unit, &slot) in batch.units.iter().zip(&new) {
-            #[cfg(feature = "ablation")]
-            if self.ablation == Some(Ablation::PublishBeforeCopy) {
-                self.publish(file, unit, slot);
-            }
-            let copy = (unit * ENTRIES..(unit + 1) * ENTRIES).map(|page| {
-                let edited = (batch.first..batch.end).contains(&page);
-                let prot = if edited {
-                    batch.prot
-                } else {
-                    prot_of(self.entry(file, page))
-                };
-                self.leaf(page, prot)
-            });
-            file.fill(self.first_word(slot), copy);
-            self.publish(file, unit, slot);
-            old.push(self.set_slot(unit, slot));
-        }
-        batch.units.clear();
-        self.release(file, &old)?;
-        Ok(new.len() as u64)
-    }
-
-    /// Punches slots that no PMD entry refers to any more; then they are spare.
-    fn release(&mut self, file: &SharedFile, slots: &[u32]) -> Result<(), EditError> {
-        #[cfg(feature = "ablation")]
-        let skip = self.ablation == Some(Ablation::SkipPunch);
-        #[cfg(not(feature = "ablation"))]
-        let skip = false;
-        for (first, end) in runs(slots) {
-            if !skip {
-                // One call for a run: one flush of the vCPUs for all of it.
-                file.punch(self.span.slot_off(first), (end - first) * PAGE_SIZE)
-                    .map_err(EditError::Punch)?;
-            }
-            for slot in first..end {
-                self.slots.give(slot);
-            }
-        }
-        Ok(())
     }
 
     /// Takes the tables away: clears the PMD entries, then frees all pages.
@@ -372,7 +348,15 @@ impl Tables {
     }
 
     fn leaf(&self, page: u64, prot: Prot) -> u64 {
-        let entry = leaf(self.span.page_gpa(page), prot);
+        self.with_dirty(leaf(self.span.page_gpa(page), prot))
+    }
+
+    fn huge_leaf(&self, unit: u64, prot: Prot) -> u64 {
+        self.with_dirty(huge_leaf(self.span.page_gpa(unit * ENTRIES), prot))
+    }
+
+    #[cfg_attr(not(feature = "ablation"), allow(clippy::unused_self))]
+    fn with_dirty(&self, entry: u64) -> u64 {
         #[cfg(feature = "ablation")]
         if self.ablation == Some(Ablation::KeepDirty) && entry != 0 {
             return entry | D;
@@ -380,153 +364,46 @@ impl Tables {
         entry
     }
 
-    fn slot(&self, unit: u64) -> u32 {
+    fn unit(&self, unit: u64) -> Unit {
         usize::try_from(unit)
             .ok()
-            .and_then(|u| self.slot_of.get(u))
+            .and_then(|u| self.units.get(u))
             .copied()
-            .unwrap_or_default()
+            .unwrap_or(Unit::Table(0))
     }
 
-    fn set_slot(&mut self, unit: u64, slot: u32) -> u32 {
-        usize::try_from(unit)
+    fn set_unit(&mut self, unit: u64, to: Unit) {
+        let place = usize::try_from(unit)
             .ok()
-            .and_then(|u| self.slot_of.get_mut(u))
-            .map_or(slot, |s| std::mem::replace(s, slot))
+            .and_then(|u| self.units.get_mut(u));
+        debug_assert!(place.is_some(), "unit {unit} is beyond the region");
+        if let Some(place) = place {
+            *place = to;
+        }
     }
 
-    fn publish(&self, file: &SharedFile, unit: u64, slot: u32) {
-        file.store(self.pmd_word(unit), table(self.span.slot_gpa(slot.into())));
+    /// The PMD entry that a unit has to have.
+    fn pmd_entry(&self, unit: u64) -> u64 {
+        match self.unit(unit) {
+            Unit::Table(slot) => table(self.span.slot_gpa(slot.into())),
+            Unit::Leaf(prot) => self.huge_leaf(unit, prot),
+        }
     }
 
     fn pmd_word(&self, unit: u64) -> u64 {
         self.span.table_off / WORD + unit
     }
 
+    fn shadow_word(&self, unit: u64) -> u64 {
+        self.span.shadow_off(0) / WORD + unit
+    }
+
     fn first_word(&self, slot: u32) -> u64 {
         self.span.slot_off(slot.into()) / WORD
     }
 
-    fn word(&self, page: u64) -> u64 {
-        self.first_word(self.slot(page / ENTRIES)) + page % PAGE_WORDS
-    }
-
-    fn entry(&self, file: &SharedFile, page: u64) -> u64 {
-        file.load(self.word(page))
-    }
-}
-
-/// Units to be replaced for one protection of the pages `first..end`.
-#[derive(Debug)]
-struct Batch {
-    first: u64,
-    end: u64,
-    prot: Prot,
-    units: Vec<u64>,
-}
-
-/// The runs of consecutive numbers in `slots`, as `first..end`.
-fn runs(slots: &[u32]) -> Vec<(u64, u64)> {
-    let mut sorted: Vec<u64> = slots.iter().map(|&s| s.into()).collect();
-    sorted.sort_unstable();
-    let mut runs: Vec<(u64, u64)> = Vec::new();
-    for slot in sorted {
-        match runs.last_mut() {
-            Some((_, end)) if *end == slot => *end += 1,
-            _ => runs.push((slot, slot + 1)),
-        }
-    }
-    runs
-}
-
-/// Which slots are in use.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct SlotMap {
-    /// A set bit is a slot in use, or one that does not exist.
-    words: Vec<u64>,
-    len: u64,
-    used: u64,
-    /// No word before this one has a clear bit.
-    hint: usize,
-}
-
-impl SlotMap {
-    fn new(len: u64) -> Self {
-        let mut words = vec![0; usize::try_from(len.div_ceil(64)).unwrap_or(0)];
-        if let (Some(last), tail @ 1..) = (words.last_mut(), len % 64) {
-            *last = !0 << tail;
-        }
-        Self {
-            words,
-            len,
-            used: 0,
-            hint: 0,
-        }
-    }
-
-    const fn used(&self) -> u64 {
-        self.used
-    }
-
-    const fn spare(&self) -> u64 {
-        self.len - self.used
-    }
-
-    /// Takes the lowest spare slot.
-    fn take(&mut self) -> Option<u32> {
-        while let Some(word) = self.words.get_mut(self.hint) {
-            if *word != !0 {
-                let bit = word.trailing_ones();
-                *word |= 1 << bit;
-                self.used += 1;
-                return u32::try_from(self.hint * 64).ok().map(|base| base + bit);
-            }
-            self.hint += 1;
-        }
-        None
-    }
-
-    /// Takes a slot; false if it is in use.
-    fn take_at(&mut self, slot: u32) -> bool {
-        let bit = 1 << (slot % 64);
-        match self.words.get_mut(slot as usize / 64) {
-            Some(word) if *word & bit == 0 => {
-                *word |= bit;
-                self.used += 1;
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn give(&mut self, slot: u64) {
-        let Ok(index) = usize::try_from(slot / 64) else {
-            return;
-        };
-        if let Some(word) = self.words.get_mut(index) {
-            debug_assert!(*word & (1 << (slot % 64)) != 0, "slot {slot} was spare");
-            *word &= !(1 << (slot % 64));
-            self.used -= 1;
-            self.hint = self.hint.min(index);
-        }
-    }
-
-    fn is_spare(&self, slot: u64) -> bool {
-        usize::try_from(slot / 64)
-            .ok()
-            .and_then(|i| self.words.get(i))
-            .is_some_and(|word| word & (1 << (slot % 64)) == 0)
-    }
-
-    fn free_runs(&self) -> Vec<(u64, u64)> {
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for slot in (0..self.len).filter(|&s| self.is_spare(s)) {
-            match runs.last_mut() {
-                Some((_, end)) if *end == slot => *end += 1,
-                _ => runs.push((slot, slot + 1)),
-            }
-        }
-        runs
+    fn word(&self, slot: u32, page: u64) -> u64 {
+        self.first_word(slot) + page % PAGE_WORDS
     }
 }
 

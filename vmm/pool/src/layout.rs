@@ -6,12 +6,14 @@
 //!                                       ^ window_gpa + data_off, 1 GiB aligned
 //!
 //! a region's range of the tables file (2 MiB multiple), n = GiB, k = 2 MiB units
-//! page 0        n                 n+k                                 pages
-//! |PMD 0..PMD n-1|  PTE-page slots: k in use, the others spare          |
+//! page 0        n             2n                                      pages
+//! |PMD 0..PMD n-1|n shadow pages| PTE-page slots: up to k in use        |
 //! ```
 //!
 //! The PMD pages follow each other, so entry `j` of the region (2 MiB of its
-//! address range) is word `j` of the range, and link `i` is page `i`.
+//! address range) is word `j` of the range, and link `i` is page `i`. Page
+//! `n + i` is the shadow of PMD page `i`, a hole unless that is being written
+//! again (see the editor). Slots that are not in use are holes.
 
 use mshare_protocol::broker::Geometry;
 use mshare_protocol::entry::{PAGE_SIZE, PMD_SIZE, PUD_SIZE};
@@ -40,6 +42,9 @@ pub struct PoolConfig {
     pub table_slack: u64,
     /// Most regions that may exist at a time, unlinked ones included.
     pub max_regions: usize,
+    /// Map regions by 2 MiB entries where protections allow it, and ask the
+    /// kernel to back them so.
+    pub huge_pages: bool,
     /// Element of the safety protocol to leave out.
     #[cfg(feature = "ablation")]
     pub ablation: Option<crate::editor::Ablation>,
@@ -54,6 +59,7 @@ impl PoolConfig {
             window_gpa: DEFAULT_WINDOW_GPA,
             table_slack: 64 << 20,
             max_regions: crate::record::MAX_RECORDS,
+            huge_pages: false,
             #[cfg(feature = "ablation")]
             ablation: None,
         }
@@ -92,6 +98,7 @@ impl PoolConfig {
             table_len,
             data_off,
             data_len: self.size,
+            huge_pages: self.huge_pages,
         })
     }
 }
@@ -137,7 +144,7 @@ pub const fn pte_pages(len: u64) -> u64 {
 #[must_use]
 pub const fn region_table_len(len: u64) -> u64 {
     let (n, k) = (pmd_pages(len), pte_pages(len));
-    let least = n + k + 1;
+    let least = 2 * n + k + 1;
     let pages = if 2 * k > least { 2 * k } else { least };
     (pages * PAGE_SIZE).next_multiple_of(PMD_SIZE)
 }
@@ -158,6 +165,8 @@ pub struct Span {
     pub data_off: u64,
     /// Guest-physical address of the data file's start.
     pub data_gpa: u64,
+    /// Whether units may be mapped by one 2 MiB entry.
+    pub huge: bool,
 }
 
 impl Span {
@@ -171,13 +180,19 @@ impl Span {
     /// PTE-page slots, spare ones included.
     #[must_use]
     pub const fn slots(&self) -> u64 {
-        self.table_len / PAGE_SIZE - pmd_pages(self.len)
+        self.table_len / PAGE_SIZE - 2 * pmd_pages(self.len)
     }
 
     /// Offset of a slot in the tables file.
     #[must_use]
     pub const fn slot_off(&self, slot: u64) -> u64 {
-        self.table_off + (pmd_pages(self.len) + slot) * PAGE_SIZE
+        self.table_off + (2 * pmd_pages(self.len) + slot) * PAGE_SIZE
+    }
+
+    /// Offset in the tables file of the shadow of a PMD page.
+    #[must_use]
+    pub const fn shadow_off(&self, gib: u64) -> u64 {
+        self.table_off + (pmd_pages(self.len) + gib) * PAGE_SIZE
     }
 
     /// Guest-physical address of a slot.
@@ -210,7 +225,7 @@ mod tests {
         for k in 1..3000 {
             let len = k * PMD_SIZE;
             let pages = region_table_len(len) / PAGE_SIZE;
-            assert!(pages > pmd_pages(len) + k, "no spare slot for {k}");
+            assert!(pages > 2 * pmd_pages(len) + k, "no spare slot for {k}");
             assert!(region_table_len(len) <= len.max(PMD_SIZE));
         }
     }

@@ -630,6 +630,7 @@ mod tests {
             table_len: 4 << 20,
             data_off: 1 << 30,
             data_len: 8 << 20,
+            huge_pages: false,
         })
         .unwrap()
     }

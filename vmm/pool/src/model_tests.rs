@@ -183,12 +183,18 @@ fn observe(broker: &mut Broker, session: SessionId, attached: &[u64]) -> Model {
                 table_gpa: geometry.window_gpa,
                 data_off: region.data_off,
                 data_gpa: geometry.window_gpa + geometry.data_off,
+                huge: geometry.huge_pages,
             };
             assert_eq!(region.table_len, region_table_len(region.len));
             let resident = file.resident(span.table_off, span.table_len).unwrap();
             assert_eq!(resident, region.table_bytes);
-            let want = (pmd_pages(span.len) + pte_pages(span.len)) * PAGE_SIZE;
-            assert_eq!(resident, want, "table pages of region {id}");
+            let (least, most) = (
+                pmd_pages(span.len),
+                pmd_pages(span.len) + pte_pages(span.len),
+            );
+            let least = if span.huge { least } else { most };
+            let right = (least * PAGE_SIZE..=most * PAGE_SIZE).contains(&resident);
+            assert!(right, "{resident} bytes of tables of region {id}");
             let (tables, found) = Tables::recover(&file, span).unwrap();
             assert_eq!(found.damaged, 0);
             pages = (0..).map_while(|page| tables.prot(&file, page)).collect();
@@ -271,8 +277,12 @@ struct Run {
     spent: Vec<u64>,
 }
 
-fn run(ops: &[Op], kill: Option<(usize, u64)>) -> Run {
-    let mut broker = Broker::new(&PoolConfig::new(UNITS * PMD_SIZE)).unwrap();
+fn run(ops: &[Op], kill: Option<(usize, u64)>, huge_pages: bool) -> Run {
+    let config = PoolConfig {
+        huge_pages,
+        ..PoolConfig::new(UNITS * PMD_SIZE)
+    };
+    let mut broker = Broker::new(&config).unwrap();
     let session = broker.connect(guest()).unwrap();
     let mut run = Run {
         files: broker.files().try_clone().unwrap(),
@@ -324,6 +334,7 @@ proptest! {
         which in any::<prop::sample::Index>(),
         place in place(),
         again in prop::option::of(0u64..40),
+        huge in any::<bool>(),
     ) {
         // Some regions to begin with, so that most requests find one.
         let begin = (0..).zip(sizes).flat_map(|(n, units)| {
@@ -331,12 +342,12 @@ proptest! {
         });
         let ops: Vec<Op> = begin.chain(ops).collect();
         // Once to see where there is something to interrupt.
-        let whole = run(&ops, None);
+        let whole = run(&ops, None, huge);
         let costly: Vec<usize> = (0..ops.len()).filter(|&i| whole.spent[i] > 0).collect();
         prop_assume!(!costly.is_empty());
         let victim = costly[which.index(costly.len())];
         let Run { files, uuid, model, open, .. } =
-            run(&ops, Some((victim, place.fuel(whole.spent[victim]))));
+            run(&ops, Some((victim, place.fuel(whole.spent[victim]))), huge);
         prop_assert!(open.is_some(), "the broker must have been killed");
         let after = open.unwrap_or_default();
         // The recovering broker may be killed as well.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! header, words:  0 magic | 1 version | 2,3 uuid | 4 window | 5 table_len
-//!                 6 data_off | 7 data_len | 8 next id
+//!                 6 data_off | 7 data_len | 8 next id | 9 1 if huge pages
 //! record, words:  0 state | 1 id | 2 start | 3 len | 4 table_off | 5 table_len
 //!                 6 data_off | 7 uid, gid | 8 mode, name length | 9 intent
 //!                 10 intent offset | 11 intent length
@@ -32,7 +32,7 @@ pub const MAX_RECORDS: usize = 4096;
 pub const DIRECTORY_LEN: u64 = PAGE_SIZE + MAX_RECORDS as u64 * RECORD_WORDS * WORD;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"mshare\0p");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const RECORD_WORDS: u64 = 64;
 const NAME_WORD: u64 = 32;
 /// Longest name in bytes.
@@ -180,6 +180,7 @@ impl Records {
         file.store(5, geometry.table_len);
         file.store(6, geometry.data_off);
         file.store(7, geometry.data_len);
+        file.store(9, geometry.huge_pages.into());
         file.store(H_NEXT_ID, 1);
         file.store(H_MAGIC, MAGIC);
         Self { file }
@@ -203,6 +204,7 @@ impl Records {
             table_len: file.load(5),
             data_off: file.load(6),
             data_len: file.load(7),
+            huge_pages: file.load(9) != 0,
         };
         Ok((Self { file }, geometry))
     }

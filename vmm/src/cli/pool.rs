@@ -15,6 +15,7 @@ use mshare_protocol::entry::Prot;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::config::MemorySize;
+use crate::launch::PageSize;
 use crate::signals::Signals;
 
 /// Arguments of `vmm pool`.
@@ -36,6 +37,10 @@ pub struct Pool {
     /// Guest-physical address of the window; a multiple of 1 GiB.
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address, requires = "size")]
     window: Option<u64>,
+    /// Size of the pages by which regions are mapped: 4K, or 2M where protections
+    /// are the same for 2 MiB.
+    #[arg(long, value_name = "SIZE", requires = "size")]
+    pages: Option<PageSize>,
     /// Run a broker in the place of one that died: it takes the pool over from
     /// the first VMM that comes back.
     #[arg(long, conflicts_with = "size")]
@@ -176,6 +181,7 @@ impl Pool {
         let start = match self.size {
             Some(size) => {
                 let mut config = PoolConfig::new(size.0);
+                config.huge_pages = self.pages == Some(PageSize::Huge);
                 if let Some(window) = self.window {
                     config.window_gpa = window;
                 }

@@ -68,7 +68,9 @@ pub struct RunArgs {
     guests: u32,
     /// Share a pool: join the broker at SOCKET, or make a pool with size=N
     ///
-    /// SOCKET[,policy=P] or size=N[,socket=PATH][,window=ADDRESS][,policy=P[:P...]].
+    /// SOCKET[,policy=P] or
+    /// size=N[,pages=2M][,socket=PATH][,window=ADDRESS][,policy=P[:P...]].
+    /// With pages=2M a page-table entry maps 2 MiB where protections allow it.
     /// Policies: rw and ro share page tables, private and private-ro have their own,
     /// none has no part in the pool; give one, or one for each guest. All guests of a
     /// pool with rw or ro are one trust domain.

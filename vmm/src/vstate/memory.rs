@@ -12,14 +12,16 @@
 //! access through a mapping cannot run past its end, and is mapped with
 //! `MAP_NORESERVE`: a guest takes host memory only as it touches its own.
 
+use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::AsFd;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionError,
 };
@@ -28,6 +30,8 @@ use crate::arch::layout;
 
 /// Size of a page of the host and of the guest, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Guest memory that could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -116,35 +120,89 @@ impl Mapping {
             offset,
             source,
         };
-        if len == 0 || !len.is_multiple_of(PAGE_SIZE) || !offset.is_multiple_of(PAGE_SIZE) {
-            return Err(fail(io::ErrorKind::InvalidInput.into()));
-        }
-        let size = usize::try_from(len).map_err(|_| fail(io::ErrorKind::InvalidInput.into()))?;
-        let prot = match access {
-            Access::ReadOnly => ProtFlags::READ,
-            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
-        };
+        let size = check(offset, len).map_err(fail)?;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: without MAP_FIXED the kernel picks an address range that is
         // free, so no memory in use changes.
+        let addr =
+            unsafe { rustix::mm::mmap(null_mut(), size, protection(access), flags, file, offset) };
+        Self::own(addr, size).map_err(fail)
+    }
+
+    /// The same for a range that shall have huge pages: it lies in the address
+    /// space as it does in the file, modulo 2 MiB, and asks for them. Whether
+    /// there are any is up to the host (`shmem_enabled`).
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`].
+    pub fn huge(file: impl AsFd, offset: u64, len: u64, access: Access) -> Result<Self, Error> {
+        let fail = |source: io::Error| Error::Map {
+            len,
+            offset,
+            source,
+        };
+        let size = check(offset, len).map_err(fail)?;
+        let astray = usize::try_from(offset).unwrap_or(0);
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: as in `new`.
         let addr = unsafe {
-            rustix::mm::mmap(
-                null_mut(),
-                size,
-                prot,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                file,
-                offset,
-            )
+            rustix::mm::mmap_anonymous(null_mut(), size + HUGE_PAGE, ProtFlags::empty(), flags)
+        };
+        let room = Self::own(addr, size + HUGE_PAGE).map_err(fail)?;
+        let head = astray.wrapping_sub(room.addr.as_ptr() as usize) % HUGE_PAGE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the range lies inside the room, which nobody else knows.
+        let addr = unsafe {
+            let start = room.addr.as_ptr().add(head).cast();
+            rustix::mm::mmap(start, size, protection(access), flags, file, offset)
+        };
+        let mapping = Self::own(addr, size).map_err(fail)?;
+        let room = ManuallyDrop::new(room);
+        for (at, len) in [(0, head), (head + size, HUGE_PAGE - head)] {
+            if len > 0 {
+                // SAFETY: `at` is inside the room.
+                let addr = unsafe { room.addr.add(at) };
+                drop(Self { addr, len });
+            }
         }
-        .map_err(|e| fail(e.into()))?;
-        let addr = NonNull::new(addr.cast::<u8>())
-            .ok_or_else(|| fail(io::ErrorKind::AddrNotAvailable.into()))?;
-        Ok(Self { addr, len: size })
+        // SAFETY: the range is the mapping's own; the advice changes no contents.
+        let advised = unsafe {
+            rustix::mm::madvise(mapping.addr.as_ptr().cast(), size, Advice::LinuxHugepage)
+        };
+        match advised {
+            // A kernel without huge pages.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(mapping),
+            Err(e) => Err(fail(e.into())),
+        }
+    }
+
+    fn own(addr: rustix::io::Result<*mut c_void>, len: usize) -> io::Result<Self> {
+        let addr = NonNull::new(addr?.cast::<u8>()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { addr, len })
     }
 
     /// First byte.
     pub fn as_ptr(&self) -> *mut u8 {
         self.addr.as_ptr()
+    }
+}
+
+/// The length of a range of a file that can be mapped.
+fn check(offset: u64, len: u64) -> io::Result<usize> {
+    if len == 0 || !len.is_multiple_of(PAGE_SIZE) || !offset.is_multiple_of(PAGE_SIZE) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    usize::try_from(len)
+        .ok()
+        .filter(|len| len.checked_add(HUGE_PAGE).is_some())
+        .ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+fn protection(access: Access) -> ProtFlags {
+    match access {
+        Access::ReadOnly => ProtFlags::READ,
+        Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
     }
 }
 
@@ -254,6 +312,26 @@ mod tests {
         };
         assert_eq!(seen, 42);
         assert_eq!(Backing::len(&last), PAGE_SIZE);
+    }
+
+    #[test]
+    fn huge_mapping_lies_in_memory_as_in_the_file() {
+        let huge = HUGE_PAGE as u64;
+        let file = memory_file("test", 4 * huge).unwrap();
+        let plain = Mapping::new(&file, 0, 4 * huge, Access::ReadWrite).unwrap();
+        for offset in [0, huge, huge + 5 * PAGE_SIZE] {
+            let len = 2 * huge + PAGE_SIZE;
+            let mapping = Mapping::huge(&file, offset, len, Access::ReadWrite).unwrap();
+            assert_eq!(mapping.host_addr() % huge, offset % huge);
+            let last = usize::try_from(len).unwrap() - 1;
+            // SAFETY: both mappings are alive and the offsets are inside them.
+            let seen = unsafe {
+                mapping.as_ptr().add(last).write_volatile(7);
+                let at = usize::try_from(offset).unwrap() + last;
+                plain.as_ptr().add(at).read_volatile()
+            };
+            assert_eq!((seen, Backing::len(&mapping)), (7, len));
+        }
     }
 
     #[test]

@@ -94,7 +94,12 @@ impl Attachment {
             table_access,
         )?;
         keep_small(&tables).map_err(|source| AttachError::SmallPages { id, source })?;
-        let data = map(files.data(), region.data_off, region.len, data_access)?;
+        let data = if geometry.huge_pages {
+            Mapping::huge(files.data(), region.data_off, region.len, data_access)
+                .map_err(|source| AttachError::Map { id, source })?
+        } else {
+            map(files.data(), region.data_off, region.len, data_access)?
+        };
         let mut attachment = Self {
             vm: Arc::clone(vm),
             slots: Vec::with_capacity(2),

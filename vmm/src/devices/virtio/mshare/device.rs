@@ -6,8 +6,8 @@ use std::sync::Arc;
 use mshare_pool::client::{Client, ClientError, Event};
 use mshare_protocol::broker::{Geometry, Policy, Role};
 use mshare_protocol::device::{
-    VIRTIO_ID_MSHARE, VIRTIO_MSHARE_F_FORCED, VIRTIO_MSHARE_F_TABLES, VIRTIO_MSHARE_F_WRITE,
-    VIRTIO_MSHARE_SHM_ID, virtio_mshare_config,
+    VIRTIO_ID_MSHARE, VIRTIO_MSHARE_F_FORCED, VIRTIO_MSHARE_F_HUGE, VIRTIO_MSHARE_F_TABLES,
+    VIRTIO_MSHARE_F_WRITE, VIRTIO_MSHARE_SHM_ID, virtio_mshare_config,
 };
 use zerocopy::IntoBytes;
 
@@ -132,6 +132,10 @@ impl Mshare {
     pub fn policy(&self) -> Policy {
         self.service.policy
     }
+
+    fn huge_pages(&self) -> bool {
+        self.service.client.geometry().huge_pages
+    }
 }
 
 const fn without_tables(policy: Policy) -> Policy {
@@ -163,6 +167,7 @@ impl VirtioDevice for Mshare {
         bit(policy.tables(), VIRTIO_MSHARE_F_TABLES)
             | bit(policy.tables(), VIRTIO_MSHARE_F_FORCED)
             | bit(policy.writes(), VIRTIO_MSHARE_F_WRITE)
+            | bit(self.huge_pages(), VIRTIO_MSHARE_F_HUGE)
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
@@ -183,7 +188,9 @@ impl VirtioDevice for Mshare {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let queues = activation.take_queues()?;
-        let active = Active::new(activation.mem, activation.interrupt, queues);
+        let mut active = Active::new(activation.mem, activation.interrupt, queues);
+        let understood = activation.features >> VIRTIO_MSHARE_F_HUGE & 1 != 0;
+        active.may_attach = understood || !self.huge_pages();
         let threads =
             Threads::start(&self.service, active, self.threads.take()).map_err(|source| {
                 ActivateError::Host {

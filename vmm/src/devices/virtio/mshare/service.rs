@@ -230,7 +230,16 @@ impl Service {
     }
 
     fn attach(&self, id: u64, generation: u64) -> Result<Region, Errno> {
-        let revocations = self.shared.lock().revocations;
+        let state = self.shared.lock();
+        let revocations = state.revocations;
+        if state.active.as_ref().is_some_and(|a| !a.may_attach) {
+            log::error!(
+                "region {id} is not attached: the pool has huge pages, and the guest's \
+                 driver does not understand them"
+            );
+            return Err(Errno(libc::EOPNOTSUPP));
+        }
+        drop(state);
         let region = self.client.attach(id).map_err(|f| errno(&f))?;
         let shown = Attachment::new(
             &self.vm,

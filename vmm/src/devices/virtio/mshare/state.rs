@@ -25,6 +25,8 @@ pub(super) struct Active {
     pub(super) ctrl: VirtQueue,
     pub(super) event: VirtQueue,
     pub(super) ack: VirtQueue,
+    /// Whether the driver understands the entries of this pool.
+    pub(super) may_attach: bool,
     waiting: VecDeque<virtio_mshare_event>,
     /// Events that the driver was told and has not acknowledged.
     unacked: BTreeSet<u64>,
@@ -42,6 +44,7 @@ impl Active {
             ctrl,
             event,
             ack,
+            may_attach: true,
             waiting: VecDeque::new(),
             unacked: BTreeSet::new(),
         }

@@ -42,9 +42,13 @@ struct Pool {
 
 impl Pool {
     fn new() -> Self {
+        Self::with(&PoolConfig::new(64 << 20))
+    }
+
+    fn with(config: &PoolConfig) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("pool");
-        let broker = Broker::new(&PoolConfig::new(64 << 20)).unwrap();
+        let broker = Broker::new(config).unwrap();
         let listener = Listener::bind(&socket).unwrap();
         let server = Server::start(listener, broker, Options::default()).unwrap();
         // Memslots are real: this needs /dev/kvm, but runs no guest.
@@ -206,6 +210,27 @@ fn attach_adds_two_memslots_and_detach_removes_them() {
     assert_eq!((pool.vm.memslots(), pool.attached(b"r")), (0, 0));
     let gone = call(&mut guest, &about(VIRTIO_MSHARE_T_DETACH, id));
     assert_eq!(gone.status.get(), libc::ENOTCONN.unsigned_abs());
+}
+
+#[test]
+fn driver_that_does_not_understand_huge_pages_attaches_nothing() {
+    let pool = Pool::with(&PoolConfig {
+        huge_pages: true,
+        ..PoolConfig::new(64 << 20)
+    });
+    let mut guest = pool.guest(Policy::Rw);
+    let id = region(&mut guest, b"r");
+    let refused = call(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    assert_eq!(refused.status.get(), libc::EOPNOTSUPP.unsigned_abs());
+    assert_eq!((pool.vm.memslots(), pool.attached(b"r")), (0, 0));
+    guest.write(0x70, 0);
+    guest.boot(1 << VIRTIO_MSHARE_F_HUGE);
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    assert_eq!((pool.vm.memslots(), pool.attached(b"r")), (2, 1));
+    // A pool of small pages does not offer the bit.
+    let small = Pool::new();
+    let device = small.join(Policy::Rw, true).unwrap();
+    assert_eq!(device.avail_features() >> VIRTIO_MSHARE_F_HUGE & 1, 0);
 }
 
 #[test]
