@@ -39,6 +39,12 @@ pub struct Selection {
     /// Print the whole console of each
     #[arg(long)]
     console: bool,
+    /// CPUs of each machine, whatever the list says
+    #[arg(long)]
+    cpus: Option<u32>,
+    /// Arguments of each program, whatever the list says
+    #[arg(long, allow_hyphen_values = true, value_delimiter = ' ')]
+    arguments: Option<Vec<String>>,
     /// Only entries whose names hold one of these
     names: Vec<String>,
 }
@@ -127,6 +133,8 @@ pub fn selected(selection: &Selection) -> bool {
         let extra = Extra {
             append: &selection.append,
             console: selection.console,
+            cpus: selection.cpus,
+            arguments: selection.arguments.as_deref(),
         };
         tally += run_list(&guest, &dir, "selected", &extra, |entry| {
             named(&entry.label()) && (entry.short || !selection.short)
@@ -154,6 +162,10 @@ struct Extra<'a> {
     append: &'a str,
     /// Print the whole console of each.
     console: bool,
+    /// CPUs instead of the list's.
+    cpus: Option<u32>,
+    /// Arguments instead of the list's.
+    arguments: Option<&'a [String]>,
 }
 
 fn run_entries(
@@ -180,6 +192,10 @@ fn run_list(
         let mut job = entry.job(dir);
         if !extra.append.is_empty() {
             job.shape.append = format!("{} {}", job.shape.append, extra.append);
+        }
+        job.shape.cpus = extra.cpus.unwrap_or(job.shape.cpus);
+        if let Some(arguments) = extra.arguments {
+            job.arguments = arguments.to_vec();
         }
         begin(&job.label);
         // One that cannot run is a failure, and no reason to leave out the others.
