@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::entry::Prot;
 
 /// Version of these messages; both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where a pool lies in guest-physical memory, and how it is cut. All lengths
 /// and offsets are in bytes. See `device` for the picture.

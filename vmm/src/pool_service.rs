@@ -135,6 +135,21 @@ mod tests {
     }
 
     #[test]
+    fn pages_are_as_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        for (pages, huge) in [("2M", true), ("4K", false)] {
+            let socket = dir.path().join(pages);
+            let pool = format!("size=4M,pages={pages},socket={}", socket.display());
+            let service = PoolService::start(&pool.parse().unwrap()).unwrap();
+            let stat = mshare_pool::admin::connect(service.socket())
+                .unwrap()
+                .pool_stat()
+                .unwrap();
+            assert_eq!(stat.geometry.huge_pages, huge);
+        }
+    }
+
+    #[test]
     fn pool_that_is_too_small_is_refused() {
         let error = PoolService::start(&"size=4K".parse().unwrap()).unwrap_err();
         assert!(matches!(error, Error::Broker(_)), "{error}");

@@ -343,6 +343,8 @@ fn describe_pool(stat: &PoolStat, out: &mut impl Write) -> io::Result<()> {
         geometry.window_gpa + geometry.data_off
     )?;
     writeln!(out, "size      {}", MemorySize(geometry.data_len))?;
+    let pages = if geometry.huge_pages { "2M" } else { "4K" };
+    writeln!(out, "pages     {pages}")?;
     writeln!(
         out,
         "free      {}, longest run {}",
