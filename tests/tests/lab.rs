@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -183,6 +183,36 @@ fn death_by_the_emulator_is_retried_twice_and_told() {
     assert_eq!(said.matches(fault).count(), 3, "{said}");
     let verdict = "the lab died of a fault of the emulator";
     assert!(said.contains(verdict), "{said}");
+}
+
+#[test]
+fn silent_command_is_no_hung_lab() {
+    let output = run(&["--silence", "12"], &["sleep", "30"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+#[test]
+fn hung_lab_is_started_again() {
+    let mut child = lab(&["--silence", "10", "--smp", "1"], &["sleep", "6"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut until = |wanted: &str| {
+        said.by_ref()
+            .map(|line| line.unwrap())
+            .find(|line| line.contains(wanted))
+            .unwrap_or_else(|| panic!("it never said '{wanted}'"));
+    };
+    until("npt and tdp_mmu on");
+    let emulator = children(child.id())[0];
+    // SAFETY: kill takes no pointers; the emulator's parent has not reaped it.
+    unsafe { libc::kill(emulator.cast_signed(), libc::SIGSTOP) };
+    until("the lab hung: no sign of life for 10s");
+    until("starting again, retry 1");
+    until("npt and tdp_mmu on");
+    assert!(child.wait().unwrap().success());
+    assert!(!fs::exists(format!("/proc/{emulator}")).unwrap());
 }
 
 #[test]

@@ -63,6 +63,11 @@ struct Run {
     /// Give up after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// Take the lab for hung when nothing is heard of it for so many seconds;
+    /// its init gives a sign of life every 5.
+    #[arg(long, value_name = "SECONDS", default_value_t = 90,
+        value_parser = clap::value_parser!(u32).range(10..))]
+    silence: u32,
     /// Pass standard input to COMMAND; it is empty otherwise.
     #[arg(long)]
     stdin: bool,
@@ -147,9 +152,9 @@ fn run(arguments: &Run) -> Result<ExitCode, LabError> {
             }
         }
         Event::Note(line) => say(line.to_owned()),
-        Event::Retry(count, console) => eprintln!(
-            "{console}\nlab: died of a fault of the emulator; starting again, retry {count}"
-        ),
+        Event::Retry(count, error) => {
+            eprintln!("{error}\nlab: starting again, retry {count}");
+        }
     })?;
     Ok(ExitCode::from(match outcome.ended {
         Ended::Exited(code) => u8::try_from(code & 0xff).unwrap_or(u8::MAX),
@@ -171,6 +176,7 @@ fn describe(arguments: &Run) -> Result<Lab, LabError> {
     lab.memory_mib = arguments.memory;
     lab.cwd.clone_from(&arguments.cwd);
     lab.timeout = arguments.timeout.map(Duration::from_secs);
+    lab.silence = Duration::from_secs(arguments.silence.into());
     lab.stdin = arguments.stdin;
     lab.append.clone_from(&arguments.append);
     for file in &arguments.file {

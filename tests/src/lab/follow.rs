@@ -82,7 +82,8 @@ pub fn pass_stdin(port: &UnixStream) {
 pub struct Run<'a> {
     lab: &'a Lab,
     start: Instant,
-    booted: bool,
+    /// When something was last heard of the machine, once it is up.
+    heard: Option<Instant>,
     console: VecDeque<u8>,
     outputs: Outputs<'a>,
     sink: &'a mut dyn FnMut(Event<'_>),
@@ -94,7 +95,7 @@ impl<'a> Run<'a> {
         Self {
             lab,
             start,
-            booted: false,
+            heard: None,
             console: VecDeque::new(),
             outputs: Outputs::new(&lab.outputs),
             sink,
@@ -108,15 +109,13 @@ impl<'a> Run<'a> {
         deadline: Option<Instant>,
     ) -> Result<Ended, LabError> {
         loop {
-            let boot = (!self.booted).then(|| self.start + BOOT_PATIENCE);
-            let until = [boot, deadline].into_iter().flatten().min();
-            let input = match until {
-                Some(until) => {
-                    receive.recv_timeout(until.saturating_duration_since(Instant::now()))
-                }
-                None => receive.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            // A machine that is up gives signs of life, see `Frame::Alive`.
+            let silent = match self.heard {
+                Some(heard) => heard + self.lab.silence,
+                None => self.start + BOOT_PATIENCE,
             };
-            match input {
+            let until = deadline.map_or(silent, |deadline| deadline.min(silent));
+            match receive.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Input::Console(data)) => self.console(&data),
                 Ok(Input::Garbled(error)) => return Err(LabError::Broken(error.to_string())),
                 Ok(Input::Frame(frame)) => {
@@ -127,11 +126,18 @@ impl<'a> Run<'a> {
                 Err(RecvTimeoutError::Disconnected) => return Err(self.died()),
                 Err(RecvTimeoutError::Timeout) => {
                     let over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-                    return Err(match self.lab.timeout {
-                        Some(timeout) if over => LabError::TimedOut(timeout),
-                        _ => LabError::NoBoot(self.console_end()),
+                    return Err(match (self.lab.timeout, self.heard) {
+                        (Some(timeout), _) if over => LabError::TimedOut(timeout),
+                        (_, Some(_)) => LabError::Hung {
+                            silence: self.lab.silence,
+                            console: self.console_end(),
+                        },
+                        (_, None) => LabError::NoBoot(self.console_end()),
                     });
                 }
+            }
+            if let Some(heard) = &mut self.heard {
+                *heard = Instant::now();
             }
         }
     }
@@ -139,7 +145,7 @@ impl<'a> Run<'a> {
     fn frame(&mut self, frame: Frame) -> Result<Option<Ended>, LabError> {
         match frame {
             Frame::Hello(hello) => {
-                self.booted = true;
+                self.heard = Some(Instant::now());
                 if !(hello.npt && hello.tdp_mmu) {
                     return Err(LabError::NoNestedPaging {
                         npt: hello.npt,
@@ -166,6 +172,7 @@ impl<'a> Run<'a> {
                 self.outputs.finish()?;
                 return Ok(Some(ended));
             }
+            Frame::Alive => {}
             Frame::Stdin(_) => return Err(LabError::Broken("standard input came back".into())),
         }
         Ok(None)

@@ -16,7 +16,7 @@ use rustix::mount::{MountFlags, mount};
 use rustix::process::{WaitOptions, WaitStatus, wait};
 use rustix::system::{RebootCommand, finit_module, reboot, sethostname, uname};
 
-use super::wire::{Ended, Entry, Frame, Hello, JOB, Job, PORT};
+use super::wire::{BEAT, Ended, Entry, Frame, Hello, JOB, Job, PORT};
 
 /// How long the port of the host may take to appear.
 const PORT_PATIENCE: Duration = Duration::from_secs(10);
@@ -133,6 +133,7 @@ fn serve(port: &Arc<Port>) -> Result<(), InitError> {
     });
     let sent = |error| InitError::Setup("cannot write to the port", error);
     port.send(&hello).map_err(sent)?;
+    beat(port);
     let last = match command(&job, port) {
         Ok(ended) => Frame::Ended(ended),
         Err(error) => Frame::NotStarted(error.raw_os_error().unwrap_or(0), error.to_string()),
@@ -144,6 +145,16 @@ fn serve(port: &Arc<Port>) -> Result<(), InitError> {
         }
     }
     port.send(&last).map_err(sent)
+}
+
+/// Tells the host from now on that this machine makes progress.
+fn beat(port: &Arc<Port>) {
+    let port = Arc::clone(port);
+    thread::spawn(move || {
+        while port.send(&Frame::Alive).is_ok() {
+            thread::sleep(BEAT);
+        }
+    });
 }
 
 fn mounts() -> Result<(), InitError> {

@@ -44,6 +44,9 @@ pub const IN_LAB: &str = "MSHARE_IN_LAB";
 const MAX_RETRIES: u32 = 2;
 /// How long the machine may take to the start of the command.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+/// How long it may be silent after that: many times what a busy host delays.
+const SILENCE: Duration = Duration::from_secs(90);
+
 /// What to run and in which machine.
 #[derive(Debug, Clone)]
 pub struct Lab {
@@ -64,6 +67,9 @@ pub struct Lab {
     pub memory_mib: u32,
     /// Time for the whole run, a retried start included.
     pub timeout: Option<Duration>,
+    /// For how long nothing may be heard of a lab that is up, not even one of the
+    /// signs of life that its init gives, before it counts as hung.
+    pub silence: Duration,
     /// Pass standard input on. A run with it cannot be retried.
     pub stdin: bool,
     /// The static binary that becomes `/init`; it must call [`run_if_init`].
@@ -85,9 +91,9 @@ pub enum Event<'a> {
     Console(&'a [u8]),
     /// Something takes time, once.
     Note(&'a str),
-    /// The emulator killed the lab's kernel: the run starts from the beginning,
-    /// output included. Which retry, and the end of the console.
-    Retry(u32, &'a str),
+    /// The emulator failed: the run starts from the beginning, output included.
+    /// Which retry, and how the last start ended.
+    Retry(u32, &'a LabError),
 }
 
 /// A run that came to its end.
@@ -152,6 +158,14 @@ pub enum LabError {
         /// The last lines of the console.
         console: String,
     },
+    /// The machine stopped without a word.
+    #[error("the lab hung: no sign of life for {silence:.0?}; end of its console:\n{console}")]
+    Hung {
+        /// For how long nothing was heard.
+        silence: Duration,
+        /// The last lines of the console.
+        console: String,
+    },
     /// A path could not be brought back.
     #[error("cannot bring back {path}")]
     Output {
@@ -164,6 +178,16 @@ pub enum LabError {
     /// The lab could not read a path it was to send back.
     #[error("cannot bring back {0}")]
     OutputMissing(String),
+}
+
+impl LabError {
+    /// Whether only the emulator can be the cause, see `docs/testing.md`.
+    fn is_of_emulator(&self) -> bool {
+        matches!(
+            self,
+            LabError::Died { emulator: true, .. } | LabError::Hung { .. }
+        )
+    }
 }
 
 impl Lab {
@@ -185,6 +209,7 @@ impl Lab {
             cpus: 2,
             memory_mib: 4096,
             timeout: None,
+            silence: SILENCE,
             stdin: false,
             // Not its name: a build may put another file there meanwhile.
             init: "/proc/self/exe".into(),
@@ -205,12 +230,9 @@ impl Lab {
             let deadline = self.timeout.map(|timeout| started + timeout);
             match self.attempt(&kernel, &initramfs, deadline, sink) {
                 Ok(ended) => return Ok(Outcome { ended, retries }),
-                Err(LabError::Died {
-                    emulator: true,
-                    console,
-                }) if retries < MAX_RETRIES && !self.stdin => {
+                Err(error) if error.is_of_emulator() && retries < MAX_RETRIES && !self.stdin => {
                     retries += 1;
-                    sink(Event::Retry(retries, &console));
+                    sink(Event::Retry(retries, &error));
                 }
                 Err(error) => return Err(error),
             }

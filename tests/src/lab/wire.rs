@@ -12,6 +12,8 @@ pub const PORT: &str = "mshare.lab";
 pub const JOB: &str = "/etc/lab-job.json";
 /// Longest payload either side accepts, in bytes.
 pub const MAX_PAYLOAD: usize = 1 << 20;
+/// Time between two [`Frame::Alive`].
+pub const BEAT: Duration = Duration::from_secs(5);
 const HEADER: usize = 5;
 
 /// What the init is to do; a file of the initramfs.
@@ -89,6 +91,9 @@ pub enum Frame {
     Broken(String),
     /// Lab → host: the command ended and everything has been sent.
     Ended(Ended),
+    /// Lab → host: the machine still makes progress; every [`BEAT`] from
+    /// [`Frame::Hello`] on.
+    Alive,
     /// Host → lab: bytes of standard input; no bytes mean its end.
     Stdin(Vec<u8>),
 }
@@ -118,6 +123,7 @@ impl Frame {
             Frame::NotStarted(errno, message) => (7, json(&(errno, message))?),
             Frame::Broken(message) => (8, message.clone().into_bytes()),
             Frame::Ended(ended) => (9, json(ended)?),
+            Frame::Alive => (10, Vec::new()),
             Frame::Stdin(data) => (16, data.clone()),
         };
         let len = u32::try_from(payload.len())
@@ -159,6 +165,7 @@ impl Frame {
             }
             8 => Frame::Broken(text(&payload)),
             9 => Frame::Ended(parse(&payload)?),
+            10 => Frame::Alive,
             16 => Frame::Stdin(payload),
             other => return Err(io::Error::other(format!("frame of unknown kind {other}"))),
         }))
@@ -175,6 +182,7 @@ mod tests {
             Frame::Stdout(b"\x00\r\n\xff".to_vec()),
             Frame::Stdin(Vec::new()),
             Frame::NotStarted(2, "no such file".into()),
+            Frame::Alive,
             Frame::Ended(Ended::Signaled(9)),
             Frame::Entry(Entry {
                 index: 1,

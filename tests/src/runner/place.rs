@@ -151,9 +151,9 @@ impl Run<'_> {
                 Event::Stderr(data) => said(Said::Errors(data)),
                 Event::Note(line) => said(Said::Note(&format!("lab: {line}"))),
                 Event::Console(_) => {}
-                Event::Retry(count, console) => said(Said::Again(&format!(
-                    "{console}\nlab: died of a fault of the emulator; starting again, \
-                     retry {count}; what it printed so far does not count"
+                Event::Retry(count, error) => said(Said::Again(&format!(
+                    "{error}\nlab: starting again, retry {count}; what it printed so far \
+                     does not count"
                 ))),
             })
             .map_err(RunnerError::Lab)?;
