@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::klog;
+
 mod op;
 mod outcome;
 
@@ -226,18 +228,8 @@ impl LogLine {
     /// Whether the line reports that the kernel misbehaved.
     #[must_use]
     pub fn is_complaint(&self) -> bool {
-        const SIGNS: [&str; 8] = [
-            "BUG:",
-            "BUG ",
-            "Oops",
-            "Bad rss-counter",
-            "Bad page",
-            "bad pmd",
-            "non-zero pgtables_bytes",
-            "Call Trace:",
-        ];
-        // In the middle of a line it is how some drivers give advice.
-        self.text.starts_with("WARNING:") || SIGNS.iter().any(|sign| self.text.contains(sign))
+        // The stack that comes with most of them, and with some of none of them.
+        self.text.contains("Call Trace:") || klog::complains(&self.text)
     }
 }
 

@@ -8,7 +8,8 @@
 //! * `broker`: the messages between a pool's broker and its clients (VMMs and
 //!   `vmm pool`).
 //! * `agent`: the messages between the host and the agent inside a guest.
-//! * `frame`: how messages go over a stream; `report`: how errors are told.
+//! * `frame`: how messages go over a stream; `report`: how errors are told;
+//!   `klog`: how a kernel tells that it misbehaved.
 
 #![cfg_attr(not(feature = "std"), no_std)]
 
@@ -21,5 +22,7 @@ pub mod agent;
 pub mod broker;
 #[cfg(feature = "std")]
 pub mod frame;
+#[cfg(feature = "std")]
+pub mod klog;
 #[cfg(feature = "std")]
 pub mod report;

@@ -1,38 +1,10 @@
 //! Takes a console apart: the program's lines and the kernel's, and what the
 //! kernel complained about.
 
-/// What no run may find in the kernel log.
-const COMPLAINTS: [&str; 26] = [
-    "BUG:",
-    "WARNING:",
-    "Oops:",
-    "Kernel panic",
-    "general protection fault",
-    "unable to handle",
-    "possible circular",
-    "possible recursive",
-    "KASAN:",
-    "KCSAN:",
-    "UBSAN:",
-    "ODEBUG:",
-    "Bad page",
-    "Bad rss",
-    "Bad swap",
-    "bad pte",
-    "page_table_check",
-    "refcount_t:",
-    "corruption",
-    "blocked for more than",
-    "soft lockup",
-    "self-detected stall",
-    "detected stalls",
-    "rcu: INFO:",
-    "scheduling while atomic",
-    "messages were lost",
-];
+use mshare_protocol::klog::complains;
 
 /// Lines that hold such words and mean nothing by them.
-const HARMLESS: [&str; 5] = [
+const HARMLESS: [&str; 4] = [
     // They repeat our own words.
     "Command line:",
     "Kernel command line:",
@@ -40,8 +12,6 @@ const HARMLESS: [&str; 5] = [
     "] mshare selftest: ",
     // A selftest poisons a page of its own.
     "MCE: Killing mshare_",
-    // Told at boot by the mitigations where the CPU has no IBRS.
-    "Spectre V2 : WARNING: Unprivileged eBPF is enabled",
 ];
 
 /// The agent's line before a watched program starts (`guest-agent watch`).
@@ -85,8 +55,7 @@ impl<'a> Console<'a> {
     /// The kernel's complaints.
     pub fn complaints(&self) -> Vec<&'a str> {
         let complains = |line: &&&str| {
-            COMPLAINTS.iter().any(|word| line.contains(word))
-                && !HARMLESS.iter().any(|word| line.contains(word))
+            complains(without_time(line)) && !HARMLESS.iter().any(|word| line.contains(word))
         };
         self.kernel.iter().filter(complains).copied().collect()
     }
@@ -109,15 +78,20 @@ impl<'a> Console<'a> {
     }
 }
 
-/// "[    1.234567] text".
+/// The text of "[    1.234567] text", which is how the kernel's lines begin.
+fn timed(line: &str) -> Option<&str> {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let (time, text) = line.strip_prefix('[')?.split_once(']')?;
+    let (seconds, micros) = time.trim().split_once('.')?;
+    (digits(seconds) && digits(micros)).then(|| text.trim_start())
+}
+
 fn is_kernel(line: &str) -> bool {
-    line.strip_prefix('[')
-        .and_then(|rest| rest.split_once(']'))
-        .and_then(|(time, _)| time.trim().split_once('.'))
-        .is_some_and(|(seconds, micros)| {
-            let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-            digits(seconds) && digits(micros)
-        })
+    timed(line).is_some()
+}
+
+fn without_time(line: &str) -> &str {
+    timed(line).unwrap_or(line)
 }
 
 #[cfg(test)]
