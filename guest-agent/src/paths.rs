@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::ptr;
 
 use mshare_protocol::agent::{BadCall, Failure, FileStat, PathOp, Value};
+use mshare_protocol::msharefs;
 
 use crate::region::{self, check};
 
@@ -67,17 +68,17 @@ pub fn bad_call(call: &BadCall) -> Result<Value, Failure> {
     let ret = unsafe {
         match call {
             BadCall::MshareName => check(libc::syscall(
-                region::SYS_MSHARE,
+                msharefs::SYS_MSHARE,
                 NOWHERE,
                 0x1_0000_0000_u64,
                 2 << 20,
                 libc::O_CREAT | libc::O_RDWR,
                 0o600,
             )),
-            BadCall::UnlinkName => check(libc::syscall(region::SYS_MSHARE_UNLINK, NOWHERE)),
+            BadCall::UnlinkName => check(libc::syscall(msharefs::SYS_MSHARE_UNLINK, NOWHERE)),
             BadCall::ProtectArg { name } => {
                 let file = region::open(name, libc::O_RDWR)?;
-                let request = region::IOC_PROTECT.into();
+                let request = msharefs::MSHARE_IOC_PROTECT.into();
                 check(libc::ioctl(file.as_raw_fd(), request, NOWHERE).into())
             }
             BadCall::Ioctl {

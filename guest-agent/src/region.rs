@@ -7,60 +7,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use mshare_protocol::agent::{Failure, MSHAREFS, RegionInfo, RegionOp, Value};
+use mshare_protocol::msharefs::{
+    MSHARE_IOC_DISCARD, MSHARE_IOC_INFO, MSHARE_IOC_PROTECT, SYS_MSHARE, SYS_MSHARE_UNLINK,
+    mshare_discard, mshare_info, mshare_protect,
+};
 use rustix::fs::{FallocateFlags, fallocate};
-
-/// Number of `mshare`.
-pub const SYS_MSHARE: libc::c_long = 548;
-/// Number of `mshare_unlink`.
-pub const SYS_MSHARE_UNLINK: libc::c_long = 549;
-
-// include/uapi/linux/mshare.h
-const PROTECT: u32 = ioctl_number(1, 0x50, size_of::<ProtectArg>());
-const DISCARD: u32 = ioctl_number(1, 0x51, size_of::<DiscardArg>());
-const INFO: u32 = ioctl_number(2, 0x52, size_of::<InfoArg>());
-
-/// `MSHARE_IOC_PROTECT`, for calls that must fail.
-pub const IOC_PROTECT: u32 = PROTECT;
-
-#[repr(C)]
-struct ProtectArg {
-    offset: u64,
-    len: u64,
-    prot: u32,
-    flags: u32,
-}
-
-#[repr(C)]
-struct DiscardArg {
-    offset: u64,
-    len: u64,
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct InfoArg {
-    start: u64,
-    len: u64,
-    id: u64,
-    resident: u64,
-    table_bytes: u64,
-    flags: u32,
-    mappings: u32,
-    machines: u32,
-    reserved: u32,
-    swapped: u64,
-    huge: u64,
-    faults: u64,
-}
-
-/// `_IOC` of `asm-generic/ioctl.h` with type 'm'; 1 = write, 2 = read.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the structures above are a few words long"
-)]
-const fn ioctl_number(direction: u32, number: u32, size: usize) -> u32 {
-    direction << 30 | (size as u32) << 16 | (b'm' as u32) << 8 | number
-}
 
 /// Turns the result of a C call into an error if it is -1.
 ///
@@ -153,20 +104,20 @@ pub fn run(op: &RegionOp) -> Result<Value, Failure> {
             len,
             prot,
         } => {
-            let arg = ProtectArg {
+            let arg = mshare_protect {
                 offset: *offset,
                 len: *len,
                 prot: *prot,
                 flags: 0,
             };
-            control(name, libc::O_RDWR, PROTECT, &arg, "MSHARE_IOC_PROTECT")
+            control(name, MSHARE_IOC_PROTECT, &arg, "MSHARE_IOC_PROTECT")
         }
         RegionOp::Discard { name, offset, len } => {
-            let arg = DiscardArg {
+            let arg = mshare_discard {
                 offset: *offset,
                 len: *len,
             };
-            control(name, libc::O_RDWR, DISCARD, &arg, "MSHARE_IOC_DISCARD")
+            control(name, MSHARE_IOC_DISCARD, &arg, "MSHARE_IOC_DISCARD")
         }
         RegionOp::Punch { name, offset, len } => {
             let file = open(name, libc::O_RDWR)?;
@@ -176,12 +127,12 @@ pub fn run(op: &RegionOp) -> Result<Value, Failure> {
             Ok(Value::Ret(0))
         }
         RegionOp::Info { name } => {
-            let mut info = InfoArg::default();
+            let mut info = mshare_info::default();
             let file = open(name, libc::O_RDONLY)?;
             // SAFETY: the descriptor is open, and the structure is as long as
             // the number says.
             check(i64::from(unsafe {
-                libc::ioctl(file.as_raw_fd(), INFO.into(), &raw mut info)
+                libc::ioctl(file.as_raw_fd(), MSHARE_IOC_INFO.into(), &raw mut info)
             }))
             .map_err(|e| Failure::os(format_args!("MSHARE_IOC_INFO {name:?}"), &e))?;
             Ok(Value::RegionInfo(RegionInfo {
@@ -202,8 +153,8 @@ pub fn run(op: &RegionOp) -> Result<Value, Failure> {
     }
 }
 
-fn control<T>(name: &str, oflag: i32, request: u32, arg: &T, what: &str) -> Result<Value, Failure> {
-    let file = open(name, oflag)?;
+fn control<T>(name: &str, request: u32, arg: &T, what: &str) -> Result<Value, Failure> {
+    let file = open(name, libc::O_RDWR)?;
     // SAFETY: the descriptor is open, and the structure is as long as the
     // number says; the kernel only reads it.
     check(i64::from(unsafe {

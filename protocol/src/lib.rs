@@ -3,6 +3,7 @@
 //! * [`device`]: the virtio-mshare device as a guest sees it: configuration
 //!   space, requests, events, feature bits. `no_std`. The C header that the
 //!   kernel includes is generated from it.
+//! * [`msharefs`]: what programs in a guest see. `no_std`.
 //! * [`entry`]: the format of the page-table entries that the broker writes
 //!   and every attached guest walks. `no_std`.
 //! * `broker`: the messages between a pool's broker and its clients (VMMs and
@@ -15,6 +16,7 @@
 
 pub mod device;
 pub mod entry;
+pub mod msharefs;
 
 #[cfg(feature = "std")]
 pub mod agent;

@@ -1,5 +1,6 @@
-//! The device ABI as Rust and as C sees it: the same constants, sizes and
-//! offsets, and the kernel series carries exactly the generated header.
+//! The device ABI and that of programs as Rust and as C sees them: the same
+//! constants, sizes and offsets. The kernel series carries exactly the generated
+//! header of the device; that of programs is the series' own.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -12,6 +13,7 @@ use std::path::Path;
 use std::process::Command;
 
 use mshare_protocol::device::*;
+use mshare_protocol::msharefs::*;
 
 /// Every name the C program prints, with the value Rust has for it.
 type Facts = BTreeMap<String, u64>;
@@ -123,15 +125,105 @@ fn c_and_rust_agree_on_every_constant_size_and_offset() {
     assert_eq!(from_c, facts);
 }
 
+#[test]
+fn programs_and_the_series_agree_on_ioctls() {
+    let mut facts = Facts::new();
+    let mut c = String::new();
+    layout! { facts, c,
+        mshare_protect { offset as "offset": u64, len as "len": u64, prot as "prot": u32,
+            flags as "flags": u32 }
+        mshare_discard { offset as "offset": u64, len as "len": u64 }
+        mshare_info {
+            start as "start": u64, len as "len": u64, id as "id": u64,
+            resident as "resident": u64, table_bytes as "table_bytes": u64,
+            flags as "flags": u32, mappings as "mappings": u32,
+            machines as "machines": u32, reserved as "reserved": u32,
+            swapped as "swapped": u64, huge as "huge": u64, faults as "faults": u64,
+        }
+    }
+    constants! { facts, c,
+        MSHARE_IOC_PROTECT, MSHARE_IOC_DISCARD, MSHARE_IOC_INFO, MSHARE_INFO_SIZED,
+        MSHARE_INFO_TABLES, MSHARE_INFO_RDONLY, MSHARE_INFO_UNLINKED, MSHARE_INFO_POOL,
+    }
+    let text = file_of_series("include/uapi/linux/mshare.h");
+    for define in text
+        .lines()
+        .filter_map(|l| l.strip_prefix("#define MSHARE_"))
+    {
+        let name = define.split_whitespace().next().unwrap();
+        assert!(
+            facts.contains_key(&format!("MSHARE_{name}")),
+            "MSHARE_{name} is not compared"
+        );
+    }
+    let table = lines_added_to("arch/x86/entry/syscalls/syscall_64.tbl");
+    for (number, name) in [(SYS_MSHARE, "mshare"), (SYS_MSHARE_UNLINK, "mshare_unlink")] {
+        let line = format!("{number} 64 {name} sys_{name}");
+        assert!(table.contains(&line), "no '{line}' among {table:?}");
+    }
+
+    let from_c = run_c(&text, &c);
+
+    assert_eq!(from_c, facts);
+}
+
+/// The patches of the series, in order.
+fn series() -> Vec<String> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../images/kernel/patches");
+    let entries = std::fs::read_dir(&dir).unwrap();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    let text = |path| std::fs::read_to_string(path).unwrap();
+    paths.into_iter().map(text).collect()
+}
+
+/// What a patch does to a file: from its "---" line on.
+fn part_of<'a>(patch: &'a str, name: &str) -> Option<&'a str> {
+    let at = patch.find(&format!("\n+++ b/{name}\n"))?;
+    let start = patch[..at].rfind("\n--- ")? + 1;
+    let end = patch[at..].find("\ndiff --git ");
+    Some(end.map_or(&patch[start..], |end| &patch[start..=at + end]))
+}
+
+/// A file that the series adds, as its last patch leaves it.
+fn file_of_series(name: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    for patch in series() {
+        let Some(part) = part_of(&patch, name) else {
+            continue;
+        };
+        std::fs::write(dir.path().join("part"), part).unwrap();
+        let output = Command::new("patch")
+            .args(["-p1", "--fuzz=0", "-i", "part"])
+            .current_dir(&dir)
+            .output()
+            .expect("patch is installed");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{said}");
+    }
+    std::fs::read_to_string(dir.path().join(name)).unwrap()
+}
+
+/// The lines that the series adds to a file, words separated by one space.
+fn lines_added_to(name: &str) -> Vec<String> {
+    let mut added = Vec::new();
+    for patch in series() {
+        let part = part_of(&patch, name).unwrap_or_default();
+        let lines = part.lines().filter_map(|line| line.strip_prefix('+'));
+        added.extend(lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")));
+    }
+    added
+}
+
 /// Compiles and runs `body` as the main function of a program that includes
 /// the header, and reads the `name=value` lines it prints.
 fn run_c(header: &str, body: &str) -> Facts {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("virtio_mshare.h"), header).unwrap();
+    std::fs::write(dir.path().join("header.h"), header).unwrap();
     std::fs::write(
         dir.path().join("abi.c"),
         format!(
-            "#include <stddef.h>\n#include <stdio.h>\n#include \"virtio_mshare.h\"\n\
+            "#include <stddef.h>\n#include <stdio.h>\n#include \"header.h\"\n\
              int main(void)\n{{\n{body}\treturn 0;\n}}\n"
         ),
     )
