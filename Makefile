@@ -8,7 +8,8 @@ cache := $(or $(MSHARE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mshare)
 runner := cargo run -p mshare-tests --bin runner --
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-quick selftests matrix bisect hooks doctor clean clean-cache prepare
+.PHONY: help build demo test test-quick selftests matrix bisect hooks check-series doctor clean \
+	clean-cache prepare
 
 help:
 	@echo 'make demo         build what is missing and show guests that share page tables'
@@ -16,10 +17,11 @@ help:
 	@echo 'make test-quick   the same without those that start machines'
 	@echo 'make selftests    the kernel series'"'"'s own tests only'
 	@echo 'make matrix       the same on kernels with checks, in many machines (hours);'
-	@echo '                  ARGS=--short for a few of them, ARGS=--list to see them'
+	@echo '                  ARGS=--short for those of make test, ARGS=--list to see them'
 	@echo 'make bisect       build and boot the kernel after each patch of the series'
 	@echo 'make hooks        what the series costs those who do not use it;'
 	@echo '                  ARGS=--mm compares results of the tree'"'"'s mm selftests'
+	@echo 'make check-series each patch under checkpatch --strict, sparse and W=1'
 	@echo 'make build        guest kernel, programs and initramfs; prints where they are'
 	@echo 'make doctor       what this machine can do'
 	@echo 'make clean        remove what cargo built'
@@ -39,6 +41,10 @@ build demo test: prepare
 
 selftests matrix bisect hooks: prepare
 	@$(runner) $@ $(ARGS)
+
+check-series:
+	@images/install.sh sparse
+	@images/kernel/check.sh
 
 test-quick: prepare
 	@$(runner) test --quick

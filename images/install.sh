@@ -1,6 +1,7 @@
 #!/bin/bash
-# Installs the Debian packages that building and testing need: only missing
-# ones, so that a second run changes nothing and needs no rights.
+# Installs the Debian packages that building and testing need, and those that
+# are named: only missing ones, so that a second run changes nothing and needs no
+# rights.
 set -euo pipefail
 
 packages=(
@@ -10,6 +11,7 @@ packages=(
 	linux-source-6.12 flex bison bc libelf-dev patch perl xz-utils zstd
 	# the lab and plain emulated boots
 	qemu-system-x86
+	"$@"
 )
 
 say() { printf 'packages: %s\n' "$*"; }

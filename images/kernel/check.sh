@@ -1,7 +1,8 @@
 #!/bin/bash
-# Checks the kernel series: every patch applies without fuzz, is clean under
-# checkpatch --strict, and leaves a tree whose changed files compile without a
-# warning, for sparse too. Builds the default flavour first if there is none.
+# Checks the kernel series: every patch says what it is, applies without fuzz,
+# leaves nothing to do, is clean under checkpatch --strict, and leaves a tree
+# whose changed files compile without a warning, for sparse too. Builds the
+# default flavour first if there is none.
 #
 # usage: check.sh
 set -euo pipefail
@@ -26,12 +27,10 @@ cp -a --reflink=auto "$tree" "$work"
 sed 's,^,linux-source-6.12/,' "$work/.originals" >"$cache/.members"
 tar -C "$work" --strip-components=1 -xf "$tarball" -T "$cache/.members"
 
-checker=()
-if command -v sparse >/dev/null; then
-	checker=(C=2)
-else
-	say "no sparse here: skipping it"
-fi
+command -v sparse >/dev/null || {
+	say "sparse is missing (Debian package sparse)"
+	exit 1
+}
 
 # With users of MMU notifiers, NUMA and HMM, which our configuration lacks.
 {
@@ -47,7 +46,7 @@ configure() {
 
 # What compiler and sparse say about an object, without line numbers.
 complaints() {
-	make -C "$work" -s -k -j"$(nproc)" ARCH=x86_64 W=1 "${checker[@]}" \
+	make -C "$work" -s -k -j"$(nproc)" ARCH=x86_64 W=1 C=2 \
 		"$@" 2>&1 | grep -E 'warning|error|\*\*\*' |
 		sed -E 's/:[0-9]+:[0-9]+: /: /' | sort -u || true
 }
@@ -58,8 +57,15 @@ mapfile -t existing < <(grep -E "$objects" "$work/.originals" |
 	sed 's/\.c$/.o/')
 complaints "${existing[@]}" >"$cache/.complaints"
 
+number=0
 for p in "$here"/patches/*.patch; do
 	name=$(basename "$p")
+	number=$((number + 1))
+	[[ $name == $(printf '%04d' $number)-* ]] || fail "$name is number $number"
+	for line in '^From: .*<.*>$' '^Subject: \[PATCH\] .*: ' '^Signed-off-by: .*<.*>$'; do
+		grep -q "$line" "$p" || fail "$name has no line '$line'"
+	done
+	! grep -nE '^\+.*\b(TODO|FIXME|XXX)\b' "$p" || fail "$name leaves something to do"
 	if ! patch -d "$work" -p1 --fuzz=0 -s <"$p"; then
 		fail "$name does not apply"
 		break
