@@ -7,7 +7,8 @@
 #   ablation   the series and ablation/*.patch: boot parameter mshare_ablate=N
 #              removes one safety element at a time (for tests only)
 #   debug      the series with lock, page-table and lifetime checks, NUMA,
-#              fault injection and the preempt= boot parameter
+#              fault injection and the preempt= boot parameter; and with
+#              mshare_ablate=N, for elements that only its checks show
 #   kasan      the series with KASAN
 #   kcsan      the series with KCSAN, in mm/mshare*.c only
 #   vanilla    the tree without the series; also its own mm selftests and the
@@ -98,7 +99,7 @@ input_hash() {
 			grep -vE '/[0-9]+-(selftests|Documentation)-' |
 			xargs sha256sum ;;
 		esac
-		[ "$1" != ablation ] || sha256sum ablation/*.patch
+		[[ $1 != @(ablation|debug) ]] || sha256sum ablation/*.patch
 		case $1 in
 		vanilla) sha256sum bench/* "$libc" ;;
 		default) sha256sum "$libc" ;;
@@ -332,7 +333,7 @@ elif [ "$flavour" = default ] && [ -n "$earlier" ] &&
 else
 	unpack
 fi
-[ "$flavour" != ablation ] || apply "$here"/ablation/*.patch
+[[ $flavour != @(ablation|debug) ]] || apply "$here"/ablation/*.patch
 if [ "$flavour" = kcsan ]; then
 	# scripts/Makefile.lib puts a file's word before the general one and
 	# looks at the first letter.

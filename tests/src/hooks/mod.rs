@@ -15,6 +15,8 @@ use crate::selftests::{Guest, Job, SelftestError, Shape};
 const LOOP: &str = "loop";
 /// Instructions of one turn of it.
 const TURN: u64 = 2;
+/// More than this many thousandths of what it took before is too much.
+const TOO_MUCH: u64 = 1020;
 /// Instructions around a measured piece: reading the counter twice.
 const AROUND: u64 = 16;
 
@@ -143,6 +145,13 @@ pub fn table(vanilla: &[Figure], ours: &[Figure]) -> Result<String, HooksError> 
     Ok(text)
 }
 
+/// Operations that became too dear.
+pub fn too_dear<'a>(vanilla: &'a [Figure], ours: &[Figure]) -> Vec<&'a str> {
+    let dear = |(a, b): &(&Figure, &Figure)| tenths(b) * 1000 > tenths(a) * TOO_MUCH;
+    let pairs = vanilla.iter().zip(ours).filter(dear);
+    pairs.map(|(a, _)| a.name.as_str()).collect()
+}
+
 /// Tenths of an instruction for one operation.
 fn tenths(figure: &Figure) -> u64 {
     figure.least * 10 / figure.count
@@ -181,6 +190,13 @@ mod tests {
             table.ends_with("| fault | 100.0 | 102.5 | +2.5 | 1.025 |\n"),
             "{table}"
         );
+    }
+
+    #[test]
+    fn one_in_fifty_is_too_dear() {
+        let vanilla = [figure("fault", 1, 1000), figure("fork", 1, 1000)];
+        let ours = [figure("fault", 1, 1020), figure("fork", 1, 1021)];
+        assert_eq!(too_dear(&vanilla, &ours), ["fork"]);
     }
 
     #[test]

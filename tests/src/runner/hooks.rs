@@ -8,7 +8,7 @@ use super::RunnerError;
 use super::build::guest_kernel;
 use super::selftests::guest;
 use crate::hooks::mm::{Comparison, LEFT_OUT, PROGRAMS, Program};
-use crate::hooks::{measure, table};
+use crate::hooks::{measure, table, too_dear};
 use crate::selftests::list::disagreements;
 use crate::selftests::{Flavour, Guest, keep, published};
 
@@ -41,7 +41,11 @@ pub fn hooks(options: &Hooks) -> Result<bool, RunnerError> {
     let run = |guest: &Guest| measure(guest, &program).map_err(RunnerError::Hooks);
     let (without, with) = (run(&vanilla)?, run(&ours)?);
     println!("\n{}", table(&without, &with).map_err(RunnerError::Hooks)?);
-    Ok(true)
+    let dear = too_dear(&without, &with);
+    for name in &dear {
+        println!("too dear: {name}");
+    }
+    Ok(dear.is_empty())
 }
 
 fn compare(

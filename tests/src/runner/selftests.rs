@@ -42,6 +42,12 @@ pub struct Selection {
     /// CPUs of each machine, whatever the list says
     #[arg(long)]
     cpus: Option<u32>,
+    /// Memory of each machine in MiB, whatever the list says
+    #[arg(long)]
+    memory: Option<u32>,
+    /// Time for each program in seconds, whatever the list says
+    #[arg(long)]
+    seconds: Option<u64>,
     /// Arguments of each program, whatever the list says
     #[arg(long, allow_hyphen_values = true, value_delimiter = ' ')]
     arguments: Option<Vec<String>>,
@@ -52,15 +58,16 @@ pub struct Selection {
 /// What the matrix does.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Matrix {
-    /// A few machines only, and no program but those of the short form
+    /// The machines of 'make test', each value of each column in one or more
     #[arg(long)]
     short: bool,
     /// Print the machines and run nothing
     #[arg(long)]
     list: bool,
-    /// Seconds of stress in each machine
-    #[arg(long, default_value_t = 20)]
-    stress: u64,
+    /// Seconds of stress in each machine: 180 where all programs run, 20 or 10
+    /// elsewhere, if not given
+    #[arg(long)]
+    stress: Option<u64>,
     /// Write the table here too
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -89,8 +96,17 @@ pub fn stages(
         tally += run_entries(&guest(Flavour::Default)?, &dir, "selftests", |_| true)?;
         Ok(tally)
     });
-    stages.run("selftests, debug kernel", || {
-        run_entries(&guest(Flavour::Debug)?, &dir, "debug", |entry| entry.short)
+    stages.run("matrix, short form", || {
+        let mut tally = Tally::default();
+        for cell in matrix::cells(true) {
+            let outcome = run_cell(&cell, &guest(cell.flavour)?, &dir, None)?;
+            tally += Tally {
+                passed: outcome.passed,
+                failed: outcome.faults.len() as u64,
+                ignored: outcome.skipped,
+            };
+        }
+        Ok(tally)
     });
     stages.run("ablations", || run_ablations(&guest, &dir, |_| true));
 }
@@ -134,6 +150,8 @@ pub fn selected(selection: &Selection) -> bool {
             append: &selection.append,
             console: selection.console,
             cpus: selection.cpus,
+            memory: selection.memory,
+            seconds: selection.seconds,
             arguments: selection.arguments.as_deref(),
         };
         tally += run_list(&guest, &dir, "selected", &extra, |entry| {
@@ -164,6 +182,10 @@ struct Extra<'a> {
     console: bool,
     /// CPUs instead of the list's.
     cpus: Option<u32>,
+    /// Memory in MiB instead of the list's.
+    memory: Option<u32>,
+    /// Time instead of the list's.
+    seconds: Option<u64>,
     /// Arguments instead of the list's.
     arguments: Option<&'a [String]>,
 }
@@ -194,6 +216,8 @@ fn run_list(
             job.shape.append = format!("{} {}", job.shape.append, extra.append);
         }
         job.shape.cpus = extra.cpus.unwrap_or(job.shape.cpus);
+        job.shape.memory_mib = extra.memory.unwrap_or(job.shape.memory_mib);
+        job.shape.limit = extra.seconds.map_or(job.shape.limit, Duration::from_secs);
         if let Some(arguments) = extra.arguments {
             job.arguments = arguments.to_vec();
         }
@@ -320,6 +344,19 @@ fn explain(faults: &[String], stage: &str, label: &str, run: &Run) -> Result<(),
     Ok(())
 }
 
+/// One machine of the matrix.
+fn run_cell(
+    cell: &matrix::Cell,
+    guest: &Guest,
+    dir: &Path,
+    stress: Option<Duration>,
+) -> Result<matrix::Outcome, RunnerError> {
+    println!("\n{cell}");
+    let stress = stress.unwrap_or(cell.programs.stress());
+    cell.run(guest, dir, stress, |line| println!("{line}"))
+        .map_err(RunnerError::Selftest)
+}
+
 /// `runner matrix`. Returns whether nothing was reported.
 pub fn matrix(options: &Matrix) -> Result<bool, RunnerError> {
     let mut cells = matrix::cells(options.short);
@@ -337,14 +374,11 @@ pub fn matrix(options: &Matrix) -> Result<bool, RunnerError> {
         return Err(RunnerError::NotRun("no machine of the matrix was selected"));
     }
     let dir = programs_of(&guest_kernel(Flavour::Default.name())?);
-    let stress = Duration::from_secs(options.stress);
+    let stress = options.stress.map(Duration::from_secs);
     let mut results = Vec::new();
     for cell in cells {
-        println!("\n--- {cell}");
         let guest = guest(guest_kernel(cell.flavour.name())?, cell.flavour)?;
-        let outcome = cell
-            .run(&guest, &dir, stress, |line| println!("{line}"))
-            .map_err(RunnerError::Selftest)?;
+        let outcome = run_cell(&cell, &guest, &dir, stress)?;
         results.push((cell, outcome));
     }
     let table = matrix::table(&results);

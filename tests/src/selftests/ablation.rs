@@ -76,6 +76,38 @@ pub const ABLATIONS: &[Ablation] = &[
         complaint: None,
         kernel: Flavour::Ablation,
     },
+    Ablation {
+        mask: 1024,
+        element: "fork() copies no linked tables",
+        entry: "mshare_process",
+        fails: &[],
+        complaint: Some("non-zero pgtables_bytes"),
+        kernel: Flavour::Ablation,
+    },
+    Ablation {
+        mask: 2048,
+        element: "page walks stay out of linked tables",
+        entry: "mshare_walkers",
+        fails: &["smaps"],
+        complaint: None,
+        kernel: Flavour::Ablation,
+    },
+    Ablation {
+        mask: 4096,
+        element: "no MMU notifiers together with linked tables",
+        entry: "mshare_notifier",
+        fails: &["attached_first", "watched_first"],
+        complaint: None,
+        kernel: Flavour::Debug,
+    },
+    Ablation {
+        mask: 128,
+        element: "no mmap_lock of a host mm under a VMA lock",
+        entry: "mshare_protect",
+        fails: &[],
+        complaint: Some("possible circular"),
+        kernel: Flavour::Debug,
+    },
 ];
 
 impl Ablation {

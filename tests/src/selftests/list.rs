@@ -49,6 +49,8 @@ pub struct Entry {
     pub skips: &'static [Skip],
     /// Whether the short form of a stage has it.
     pub short: bool,
+    /// Whether it runs in each machine of the matrix's short form.
+    pub core: bool,
     /// Whether it goes on for as long as [`STRESS_SECONDS`] says.
     pub stress: bool,
 }
@@ -68,6 +70,7 @@ const PLAIN: Entry = Entry {
     not_on: &[],
     skips: &[],
     short: true,
+    core: false,
     stress: false,
 };
 
@@ -110,6 +113,7 @@ pub const ENTRIES: &[Entry] = &[
     entry("mshare_rights"),
     Entry {
         seconds: 300,
+        core: true,
         ..entry("mshare_protect")
     },
     Entry {
@@ -130,12 +134,18 @@ pub const ENTRIES: &[Entry] = &[
         ..entry("mshare_huge")
     },
     entry("mshare_info"),
-    entry("mshare_lifetime"),
+    Entry {
+        core: true,
+        ..entry("mshare_lifetime")
+    },
     Entry {
         skips: &[skip("hwpoison", NO_POISON)],
         ..entry("mshare_mapping")
     },
-    entry("mshare_process"),
+    Entry {
+        core: true,
+        ..entry("mshare_process")
+    },
     entry("mshare_futex"),
     entry("mshare_gup"),
     Entry {
@@ -179,6 +189,7 @@ pub const ENTRIES: &[Entry] = &[
     Entry {
         env: &["MSHARE_STRESS_SECONDS=20"],
         memory_mib: 2048,
+        core: true,
         stress: true,
         ..entry("mshare_stress")
     },

@@ -24,8 +24,46 @@ pub struct Cell {
     pub cpus: u32,
     /// The preemption model, where it can be chosen at boot.
     pub preempt: Option<Preempt>,
-    /// All programs, else those of the short form.
-    pub all: bool,
+    /// What runs in it.
+    pub programs: Programs,
+}
+
+/// Which of the programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Programs {
+    /// All of them.
+    All,
+    /// Those of the short form of a stage.
+    Short,
+    /// The few that share, protect, fork and stress.
+    Core,
+}
+
+impl Programs {
+    fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Short => "short",
+            Self::Core => "core",
+        }
+    }
+
+    fn has(self, entry: &Entry) -> bool {
+        match self {
+            Self::All => true,
+            Self::Short => entry.short || entry.stress,
+            Self::Core => entry.core,
+        }
+    }
+
+    /// For how long it is stressed if nobody says.
+    pub fn stress(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::All => 180,
+            Self::Short => 20,
+            Self::Core => 10,
+        })
+    }
 }
 
 /// `preempt=`.
@@ -53,13 +91,17 @@ pub struct Outcome {
     pub programs: u64,
     /// Tests that passed.
     pub passed: u64,
+    /// Tests that this kernel cannot run.
+    pub skipped: u64,
     /// What was wrong.
     pub faults: Vec<String>,
     /// How long it took.
     pub took: Duration,
 }
 
-/// The cells: a few for every change, or all.
+/// The cells: a few for every change, or all. In each of them those programs run
+/// whose result depends on the machine most, and more in one of each flavour, or
+/// of the short form.
 pub fn cells(short: bool) -> Vec<Cell> {
     let mut cells = Vec::new();
     for flavour in [Flavour::Debug, Flavour::Kasan, Flavour::Kcsan] {
@@ -67,14 +109,14 @@ pub fn cells(short: bool) -> Vec<Cell> {
             for la57 in [true, false] {
                 for cpus in [1, 2, 4, 8] {
                     for preempt in preempts(flavour) {
-                        let all = pti && la57 && cpus == 2 && *preempt != Some(Preempt::None);
+                        let main = pti && la57 && cpus == 2 && *preempt != Some(Preempt::None);
                         cells.push(Cell {
                             flavour,
                             pti,
                             la57,
                             cpus,
                             preempt: *preempt,
-                            all,
+                            programs: if main { Programs::All } else { Programs::Short },
                         });
                     }
                 }
@@ -84,7 +126,12 @@ pub fn cells(short: bool) -> Vec<Cell> {
     if short {
         cells.retain(Cell::in_short_form);
         for cell in &mut cells {
-            cell.all = false;
+            let main = cell.programs == Programs::All && cell.flavour == Flavour::Debug;
+            cell.programs = if main {
+                Programs::Short
+            } else {
+                Programs::Core
+            };
         }
     }
     cells
@@ -131,9 +178,7 @@ impl Cell {
     pub fn entries(&self) -> impl Iterator<Item = &'static Entry> {
         let cell = *self;
         ENTRIES.iter().filter(move |entry| {
-            (cell.all || entry.short || entry.stress)
-                && entry.runs_on(cell.flavour)
-                && entry.min_cpus <= cell.cpus
+            cell.programs.has(entry) && entry.runs_on(cell.flavour) && entry.min_cpus <= cell.cpus
         })
     }
 
@@ -207,6 +252,7 @@ impl Cell {
                 say(&format!("  console: {}", kept.display()));
             }
             outcome.passed += run.report.count(super::tap::Verdict::Passed);
+            outcome.skipped += run.report.count(super::tap::Verdict::Skipped);
             outcome.took += run.took;
             let named = |fault| format!("{}: {fault}", job.label);
             outcome.faults.extend(faults.into_iter().map(named));
@@ -229,7 +275,7 @@ impl fmt::Display for Cell {
             self.cpus,
             if self.cpus == 1 { "" } else { "s" },
             self.preempt.map_or("-", Preempt::name),
-            if self.all { "all" } else { "short" },
+            self.programs.name(),
         )
     }
 }
@@ -237,14 +283,14 @@ impl fmt::Display for Cell {
 /// The result as a Markdown table.
 pub fn table(results: &[(Cell, Outcome)]) -> String {
     let mut text = String::from(
-        "| kernel | pti | levels | CPUs | preempt | programs | tests passed | faults | s |\n\
-         |---|---|---|---|---|---|---|---|---|\n",
+        "| kernel | pti | levels | CPUs | preempt | programs | passed | skipped | faults | s |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (cell, outcome) in results {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
             cell.flavour.name(),
             if cell.pti { "on" } else { "off" },
             if cell.la57 { 5 } else { 4 },
@@ -252,6 +298,7 @@ pub fn table(results: &[(Cell, Outcome)]) -> String {
             cell.preempt.map_or("-", Preempt::name),
             outcome.programs,
             outcome.passed,
+            outcome.skipped,
             outcome.faults.len(),
             outcome.took.as_secs(),
         );
@@ -294,8 +341,19 @@ mod tests {
             let all = cells(false);
             let main = all
                 .iter()
-                .filter(|cell| cell.all && cell.flavour == flavour);
+                .filter(|cell| cell.programs == Programs::All && cell.flavour == flavour);
             assert_eq!(main.count(), 1);
+        }
+    }
+
+    #[test]
+    fn short_form_has_one_cell_with_more_than_the_core() {
+        let more = cells(true)
+            .into_iter()
+            .filter(|cell| cell.programs != Programs::Core);
+        assert_eq!(more.count(), 1);
+        for cell in cells(true) {
+            assert!(cell.entries().count() >= 3, "{cell}");
         }
     }
 
@@ -307,7 +365,7 @@ mod tests {
             la57: false,
             cpus: 4,
             preempt: Some(Preempt::Full),
-            all: false,
+            programs: Programs::Short,
         };
         assert_eq!(cell.append(), "pti=on no5lvl preempt=full");
         let good = "[    1.000000] Dynamic Preempt: full\nguest: cpus 0-3 flags pti smep\n";
