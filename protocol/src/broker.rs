@@ -9,16 +9,20 @@
 //!
 //! A client that has lost its broker connects again and says so in
 //! [`Hello::resume`], sending the three descriptors with the message: a broker
-//! that was started to recover takes the pool over from them.
+//! that was started to recover takes the pool over from them. To the welcome it
+//! answers [`ToBroker::Resumed`].
 //!
-//! The end of a connection detaches whatever that client had attached.
+//! The end of a connection detaches whatever that client had attached. When the
+//! broker dies, a client holds what it has attached until it has resumed or
+//! closed its descriptor of the directory, so it keeps that one for as long as
+//! it has memory of the pool mapped.
 
 use serde::{Deserialize, Serialize};
 
 use crate::entry::Prot;
 
 /// Version of these messages; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Where a pool lies in guest-physical memory, and how it is cut. All lengths
 /// and offsets are in bytes. See `device` for the picture.
@@ -124,6 +128,9 @@ pub enum ToBroker {
         /// What is asked.
         request: Request,
     },
+    /// The client has taken the welcome to its resume. From now on the end of
+    /// the connection is the end of its attachments; before, it may come again.
+    Resumed,
     /// The client's guest holds no translation from before the event.
     Ack {
         /// Of the event.

@@ -7,12 +7,12 @@
 //! attached stays until its connection has ended: until then its guest may
 //! still have the memory mapped.
 
+mod recovery;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use mshare_protocol::broker::{
-    Failure, Geometry, Policy, PoolStat, Region, Reply, Request, Resume, Role,
-};
+use mshare_protocol::broker::{Failure, Geometry, Policy, PoolStat, Region, Reply, Request, Role};
 use mshare_protocol::entry::{PAGE_SIZE, Prot};
 use mshare_protocol::report::chain;
 use rustix::io::Errno;
@@ -62,6 +62,8 @@ struct Session {
     role: Role,
     attached: BTreeSet<u64>,
     silent: bool,
+    /// Not one that has resumed and may not know it yet.
+    confirmed: bool,
 }
 
 /// Guests to be told that rights are gone.
@@ -100,10 +102,13 @@ pub struct Broker {
     creators: BTreeMap<u64, SessionId>,
     sessions: BTreeMap<SessionId, Session>,
     next_session: SessionId,
-    /// After recovery, until [`Broker::end_grace`]: clients may still resume.
+    /// After recovery, until [`Broker::end_grace`]: requests may wait for
+    /// clients that have not resumed yet.
     grace: bool,
-    /// In that time, the attachments that have not resumed yet.
+    /// Attachments of clients that may live and have not resumed.
     awaited: BTreeMap<u64, Counts>,
+    /// Every client of former brokers has resumed or is dead.
+    settled: bool,
     /// A broker before this one was killed; it may have begun what clients now
     /// ask for again.
     recovered: bool,
@@ -172,75 +177,23 @@ impl Broker {
             next_session: 1,
             grace: false,
             awaited: BTreeMap::new(),
+            settled: true,
             recovered: false,
             #[cfg(feature = "ablation")]
             ablation: None,
         })
     }
 
-    /// Takes over a pool whose broker was killed, whatever it was doing:
-    /// completes protections and destructions that it had begun, undoes
-    /// regions whose tables are not complete, frees table pages that nothing
-    /// refers to. Clients may resume until [`Broker::end_grace`].
-    ///
-    /// # Errors
-    /// [`BrokerError`]; the files are as they were, or further recovered.
-    pub fn recover(files: PoolFiles, max_regions: usize) -> Result<Self, BrokerError> {
-        let (directory, intents) = Directory::open(&files, max_regions)?;
-        let mut broker = Self::with(files, directory)?;
-        broker.grace = true;
-        broker.recovered = true;
-        let left: Vec<Entry> = broker.directory.regions().cloned().collect();
-        for entry in left {
-            let id = entry.id;
-            let span = broker.directory.span(&entry);
-            let failed = |source| BrokerError::Tables { id, source };
-            match entry.state {
-                // The former broker was removing it: nobody can name it.
-                State::Unsized if entry.name.is_empty() => broker.destroy(id),
-                State::Unsized => {}
-                State::Building => {
-                    Tables::destroy(&broker.table_file, &span).map_err(failed)?;
-                    let undone = broker.directory.undo_build(id);
-                    debug_assert!(undone.is_ok());
-                }
-                State::Live => {
-                    let (tables, found) =
-                        Tables::recover(&broker.table_file, span).map_err(failed)?;
-                    if found.damaged > 0 {
-                        log::error!(
-                            "region {}: {} table entries were damaged; their 2 MiB each \
-                             are without access now",
-                            show(&entry.name),
-                            found.damaged
-                        );
-                    }
-                    broker.tables.insert(id, tables);
-                    broker.awaited.insert(id, entry.attached);
-                }
-                State::Destroying => broker.destroy(id),
-            }
-        }
-        for (id, intent) in intents {
-            let Some(tables) = broker.tables.get_mut(&id) else {
-                continue;
-            };
-            let span = *tables.span();
-            if let Some((first, pages)) = page_range(span.len, intent.offset, intent.len) {
-                tables
-                    .protect(&broker.table_file, first, pages, intent.prot)
-                    .map_err(|source| BrokerError::Tables { id, source })?;
-            }
-            let cleared = broker.directory.set_intent(id, None);
-            debug_assert!(cleared.is_ok());
-        }
-        Ok(broker)
-    }
-
     /// The pool's place.
     #[must_use]
     pub const fn geometry(&self) -> &Geometry {
         self.directory.geometry()
+    }
+
+    /// Which broker of the pool this is, for [`crate::marks`].
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.directory.generation()
     }
 
     /// The pool's files.
@@ -271,99 +224,10 @@ impl Broker {
             role,
             attached: BTreeSet::new(),
             silent: false,
+            confirmed: true,
         };
         self.sessions.insert(id, session);
         Ok(id)
-    }
-
-    /// A client is back: what it holds counts again. Returns what a guest with
-    /// private tables must drop, because it may have missed events.
-    ///
-    /// # Errors
-    /// ENXIO if it comes from another pool, ESTALE if something that it holds
-    /// is gone.
-    pub fn resume(
-        &mut self,
-        role: Role,
-        resume: &Resume,
-    ) -> Result<(SessionId, Vec<Invalidate>), Failure> {
-        if resume.uuid != self.geometry().uuid {
-            return Err(failure(
-                Errno::NXIO,
-                "this broker serves another pool; the client's pool is not here",
-            ));
-        }
-        if role == Role::Admin && !resume.attached.is_empty() {
-            return Err(failure(Errno::PERM, "an admin attaches nothing"));
-        }
-        let mut stale = Vec::new();
-        for &id in &resume.attached {
-            let span = self.directory.live(id).map_err(|_| {
-                failure(
-                    Errno::STALE,
-                    format!("region {id} is gone; unmap what is attached and start anew"),
-                )
-            })?;
-            stale.push((id, span.1.len));
-        }
-        let session = self.connect(role)?;
-        let mut private = false;
-        if let Some(s) = self.sessions.get_mut(&session) {
-            s.attached = resume.attached.iter().copied().collect();
-            private = s.is_private();
-        }
-        for &id in &resume.attached {
-            if let Some(awaited) = self.awaited.get_mut(&id) {
-                awaited.all = awaited.all.saturating_sub(1);
-                awaited.private = awaited.private.saturating_sub(private.into());
-            }
-            self.note_attached(id);
-        }
-        for &id in &resume.created {
-            if self
-                .directory
-                .get(id)
-                .is_ok_and(|e| e.state == State::Unsized)
-            {
-                self.creators.insert(id, session);
-            }
-        }
-        let events = stale
-            .into_iter()
-            .filter(|_| private)
-            .map(|(id, len)| Invalidate {
-                id,
-                offset: 0,
-                len,
-                sessions: vec![session],
-            })
-            .collect();
-        Ok((session, events))
-    }
-
-    /// No client that has not resumed will: unlinked regions and unsized ones
-    /// that nobody holds end.
-    pub fn end_grace(&mut self) {
-        self.grace = false;
-        self.awaited.clear();
-        let ids: Vec<u64> = self.directory.regions().map(|e| e.id).collect();
-        for id in ids {
-            self.note_attached(id);
-            self.end_if_unused(id);
-        }
-    }
-
-    /// Whether `request` takes rights from guests with private tables of which
-    /// some have not resumed yet: it must wait for them, or for
-    /// [`Broker::end_grace`].
-    #[must_use]
-    pub fn awaits_resume(&self, request: &Request) -> bool {
-        match request {
-            Request::Protect { id, prot, .. } if *prot != Prot::ReadWrite => {
-                self.awaited.get(id).is_some_and(|a| a.private > 0)
-            }
-            _ => false,
-        }
     }
 
     /// Sessions of guests that have a region attached privately.
@@ -407,8 +271,8 @@ impl Broker {
             self.destroy(id);
         }
         for &id in &gone.attached {
-            if self.grace {
-                // It may have resumed, and do so once more.
+            if !gone.confirmed && !self.settled {
+                // It does not know that it is back, and will try again.
                 let awaited = self.awaited.entry(id).or_default();
                 awaited.all += 1;
                 awaited.private += u32::from(gone.is_private());
@@ -423,7 +287,7 @@ impl Broker {
             return;
         };
         let wanted = match entry.state {
-            State::Unsized => self.grace || self.creators.contains_key(&id),
+            State::Unsized => !self.settled || self.creators.contains_key(&id),
             _ => !entry.name.is_empty() || entry.attached.all > 0,
         };
         if !wanted {
@@ -562,17 +426,6 @@ impl Broker {
                 Err(failure(Errno::ROFS, text).into())
             }
             _ => Ok(()),
-        }
-    }
-
-    /// Removes an unsized region of a former broker whose name is wanted anew:
-    /// its creator asks again, or is gone.
-    fn bury_orphan(&mut self, name: &[u8]) {
-        if let Ok(entry) = self.directory.find(name)
-            && entry.state == State::Unsized
-            && !self.creators.contains_key(&entry.id)
-        {
-            self.destroy(entry.id);
         }
     }
 

@@ -1,4 +1,9 @@
+use mshare_protocol::broker::Resume;
 use mshare_protocol::entry::{PMD_SIZE, PUD_SIZE};
+
+use crate::marks;
+
+use std::os::fd::AsFd;
 
 use super::*;
 
@@ -557,4 +562,68 @@ fn resuming_needs_the_pool_and_the_regions() {
     resume.uuid[0] ^= 1;
     let failure = b.resume(role(Policy::Rw), &resume).unwrap_err();
     assert_eq!(failure.errno, Errno::NXIO.raw_os_error());
+}
+
+/// A pool whose broker was killed while guest `stays` had an unlinked region
+/// attached; the region and that guest's mark.
+fn orphaned(policy: Policy) -> (PoolFiles, u64, std::os::fd::OwnedFd) {
+    let mut b = broker(64 * MIB);
+    let s = guest(&mut b, "stays", policy);
+    let mark = marks::for_client(b.files().directory(), b.generation()).unwrap();
+    let id = make(&mut b, s, b"a", GIB, 4 * MIB);
+    region(b.handle(s, Request::Attach { id }));
+    let request = Request::Unlink {
+        name: b"a".to_vec(),
+        id: None,
+    };
+    b.handle(s, request).result.unwrap();
+    (b.files().try_clone().unwrap(), id, mark)
+}
+
+#[test]
+fn what_a_client_holds_that_has_not_resumed_is_kept_until_it_is_dead() {
+    let (files, id, mark) = orphaned(Policy::Rw);
+    let mut b = Broker::recover(files, 100).unwrap();
+    let s = guest(&mut b, "other", Policy::Rw);
+    assert!(!b.settle());
+    b.end_grace();
+    assert!(
+        !b.settle() && !gone(&mut b, s, id),
+        "its guest may be alive"
+    );
+    // A broker after this one knows it too.
+    let mut b = Broker::recover(b.files().try_clone().unwrap(), 100).unwrap();
+    let s = guest(&mut b, "other", Policy::Rw);
+    b.end_grace();
+    assert!(!b.settle() && !gone(&mut b, s, id));
+    let next = make(&mut b, s, b"next", 2 * GIB, 4 * MIB);
+    let entries: Vec<u64> = b.directory.regions().map(|e| e.data_off).collect();
+    assert_eq!(entries, [0, 4 * MIB], "the range is not given to another");
+    drop(mark);
+    assert!(b.settle() && gone(&mut b, s, id) && !gone(&mut b, s, next));
+}
+
+#[test]
+fn a_client_that_does_not_know_that_it_has_resumed_may_come_again() {
+    let (files, id, mark) = orphaned(Policy::Rw);
+    let mut b = Broker::recover(files, 100).unwrap();
+    let role = Role::Guest {
+        name: "stays".to_owned(),
+        policy: Policy::Rw,
+    };
+    let resume = Resume {
+        uuid: b.geometry().uuid,
+        attached: vec![id],
+        created: vec![],
+    };
+    let (s, _) = b.resume(role.clone(), &resume).unwrap();
+    b.disconnect(s);
+    b.end_grace();
+    assert!(!b.settle());
+    let (s, _) = b.resume(role, &resume).unwrap();
+    b.confirm(s);
+    marks::set(mark.as_fd(), b.generation()).unwrap();
+    assert!(b.settle() && !gone(&mut b, s, id));
+    b.disconnect(s);
+    assert_empty(&b);
 }

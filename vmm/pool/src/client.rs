@@ -628,7 +628,9 @@ fn reconnect(acker: &Acker, on_event: &mut impl FnMut(Event, &Acker)) -> Option<
         match tried {
             Ok((stream, geometry, _)) if geometry == inner.geometry => {
                 if let Ok(reading) = stream.try_clone() {
-                    return inner.up(stream).then_some(reading);
+                    let up = inner.up(stream);
+                    inner.send(None, &ToBroker::Resumed);
+                    return up.then_some(reading);
                 }
             }
             Err(ClientError::Refused(why)) if is(&why, Errno::STALE) => {

@@ -227,6 +227,7 @@ impl Directory {
     ) -> Result<(Self, Vec<(u64, Intent)>), OpenError> {
         let (records, geometry) = Records::open(SharedFile::open(files.directory())?)?;
         files.check(&geometry)?;
+        records.set_generation(records.generation().saturating_add(1));
         let mut directory = Self::with(records, geometry, max_regions);
         let mut intents = Vec::new();
         let mut last_id = 0;
@@ -279,6 +280,12 @@ impl Directory {
     #[must_use]
     pub const fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// Which broker of the pool this is: the first has 1.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.records.generation()
     }
 
     /// Free bytes of the data area, and the longest run of them.

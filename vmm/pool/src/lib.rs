@@ -12,6 +12,7 @@
 //! | [`alloc`] | first-fit allocation of ranges |
 //! | [`editor`] | the one writer of table entries |
 //! | [`directory`] | regions, persisted so that a killed broker loses nothing |
+//! | [`marks`] | proof that a client of a former broker is dead |
 //! | [`broker`] | sessions and requests: what is allowed, in which order |
 //! | [`server`] | the broker's socket |
 //! | [`client`] | the VMM's side of the socket; survives a broker's death |
@@ -31,6 +32,7 @@ pub mod directory;
 pub mod editor;
 mod failure;
 pub mod layout;
+pub mod marks;
 pub mod memory;
 mod record;
 pub mod server;

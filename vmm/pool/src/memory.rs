@@ -28,6 +28,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use crate::marks;
 use crate::record::DIRECTORY_LEN;
 
 /// Bytes in one word of a table or record.
@@ -55,6 +56,9 @@ pub enum MemoryError {
         /// What is wrong.
         reason: String,
     },
+    /// The directory cannot be opened a second time.
+    #[error("cannot open the pool's directory anew; is /proc mounted?")]
+    Reopen(#[source] io::Error),
     /// A range cannot be mapped.
     #[error("cannot map {len} bytes at offset {offset:#x} of a pool file")]
     Map {
@@ -169,6 +173,16 @@ impl PoolFiles {
             }
         }
         Ok(())
+    }
+
+    /// The same files, the directory opened anew: without the mark of the
+    /// client that has sent it (see [`crate::marks`]).
+    ///
+    /// # Errors
+    /// [`MemoryError::Reopen`].
+    pub fn unmarked(self) -> Result<Self, MemoryError> {
+        let directory = marks::reopen(self.directory()).map_err(MemoryError::Reopen)?;
+        Ok(Self { directory, ..self })
     }
 
     /// A second set of descriptors of the same files.

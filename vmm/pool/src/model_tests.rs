@@ -368,7 +368,7 @@ proptest! {
         let created = model.iter().filter(|(_, r)| r.pages.is_empty()).map(|(&id, _)| id);
         let resume = Resume { uuid, attached: held.clone(), created: created.collect() };
         let (session, _) = broker.resume(guest(), &resume).unwrap();
-        broker.end_grace();
+        assert!(broker.settle());
         let seen = observe(&mut broker, session, &held);
         let settle = |mut state: Model| {
             for (id, region) in &mut state {

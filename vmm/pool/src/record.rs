@@ -3,6 +3,7 @@
 //! ```text
 //! header, words:  0 magic | 1 version | 2,3 uuid | 4 window | 5 table_len
 //!                 6 data_off | 7 data_len | 8 next id | 9 1 if huge pages
+//!                 10 generation of the broker
 //! record, words:  0 state | 1 id | 2 start | 3 len | 4 table_off | 5 table_len
 //!                 6 data_off | 7 uid, gid | 8 mode, name length | 9 intent
 //!                 10 intent offset | 11 intent length
@@ -32,7 +33,7 @@ pub const MAX_RECORDS: usize = 4096;
 pub const DIRECTORY_LEN: u64 = PAGE_SIZE + MAX_RECORDS as u64 * RECORD_WORDS * WORD;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"mshare\0p");
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 const RECORD_WORDS: u64 = 64;
 const NAME_WORD: u64 = 32;
 /// Longest name in bytes.
@@ -40,6 +41,7 @@ pub const NAME_MAX: usize = 255;
 
 const H_MAGIC: u64 = 0;
 const H_NEXT_ID: u64 = 8;
+const H_GENERATION: u64 = 10;
 
 const R_STATE: u64 = 0;
 const R_START: u64 = 2;
@@ -182,6 +184,7 @@ impl Records {
         file.store(7, geometry.data_len);
         file.store(9, geometry.huge_pages.into());
         file.store(H_NEXT_ID, 1);
+        file.store(H_GENERATION, 1);
         file.store(H_MAGIC, MAGIC);
         Self { file }
     }
@@ -218,6 +221,17 @@ impl Records {
     /// Sets the id of the next region; before the last one is used.
     pub fn set_next_id(&self, id: u64) {
         self.file.store(H_NEXT_ID, id);
+    }
+
+    /// Which broker of the pool this is: the first has 1.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        unpair(self.file.load(H_GENERATION)).0
+    }
+
+    /// Sets the generation; before the broker has a client.
+    pub fn set_generation(&self, generation: u32) {
+        self.file.store(H_GENERATION, generation.into());
     }
 
     fn word(slot: usize, word: u64) -> u64 {

@@ -3,10 +3,11 @@
 //! Threads: `pool-accept` takes connections; each has `pool-read-N` (frames,
 //! acknowledgements) and `pool-work-N` (requests, in order), so that a client
 //! whose own request waits for its own acknowledgement can send it;
-//! `pool-grace` ends the time for resuming after a recovery.
+//! `pool-settle` watches after a recovery who resumes, and who is dead.
 //!
-//! Locks: `broker`, then `connections`, then a connection's own; nothing is
-//! written to a socket while `broker` or `connections` is held.
+//! Locks: a connection's `writer`, then `broker`, then `connections`, then a
+//! connection's `state`; nothing is written to a socket while `broker` or
+//! `connections` is held.
 //!
 //! A client that breaks the rules (malformed or long messages, no
 //! acknowledgement in time, answers not read) is *given up*: it is told so,
@@ -14,13 +15,13 @@
 //! client closes it. Only then is its memory reused: the client's VMM closes
 //! after it has removed its memslots, the kernel closes after it is dead.
 
+mod listener;
+
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -31,20 +32,24 @@ use mshare_protocol::broker::{Failure, FromBroker, Hello, Reply, Request, ToBrok
 use mshare_protocol::frame::{self, FrameError};
 use mshare_protocol::report::chain;
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::broker::{Broker, Invalidate, SessionId};
 use crate::failure::failure;
+use crate::marks;
 use crate::memory::{self, PoolFiles};
 use crate::wire::{self, FdReader};
+pub use listener::{Listener, ServerError};
 
 /// Longest message that a client may send, in bytes.
 pub const MAX_REQUEST: usize = 64 << 10;
 /// Requests of one client that may wait for their turn.
 const MAX_QUEUED: usize = 16;
 const STACK: usize = 256 << 10;
+/// How often it is looked whether all clients of a former broker have resumed
+/// or are dead, in the time of grace and after it.
+const SETTLE: Duration = Duration::from_millis(20);
+const SETTLE_LATE: Duration = Duration::from_millis(500);
 
 /// Limits of a server.
 #[derive(Clone, Debug)]
@@ -56,7 +61,8 @@ pub struct Options {
     pub ack_limit: Duration,
     /// How long a client may take to say hello, or to read an answer.
     pub io_limit: Duration,
-    /// How long clients may take to resume after a recovery.
+    /// How long requests wait after a recovery for clients that have not
+    /// resumed yet.
     pub grace: Duration,
 }
 
@@ -67,105 +73,6 @@ impl Default for Options {
             ack_limit: Duration::from_secs(2),
             io_limit: Duration::from_secs(5),
             grace: Duration::from_secs(5),
-        }
-    }
-}
-
-/// Why there is no server.
-#[derive(Debug, thiserror::Error)]
-pub enum ServerError {
-    /// A broker is there.
-    #[error("a broker already serves {0}; use another path, or end that broker first")]
-    InUse(PathBuf),
-    /// Something else is there.
-    #[error("{0} exists and is no socket; use another path, or remove it")]
-    NotASocket(PathBuf),
-    /// The socket cannot be made.
-    #[error("cannot make the socket {path}")]
-    Bind {
-        /// Where.
-        path: PathBuf,
-        /// Cause.
-        #[source]
-        source: io::Error,
-    },
-    /// No thread.
-    #[error("cannot start a thread")]
-    Thread(#[source] io::Error),
-}
-
-/// A bound socket; its file is removed when it is dropped.
-#[derive(Debug)]
-pub struct Listener {
-    socket: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the file, so that a successor's is not removed.
-    identity: (u64, u64),
-}
-
-impl Listener {
-    /// Binds `path` with mode 0600. A socket file that nobody serves is
-    /// replaced.
-    ///
-    /// # Errors
-    /// [`ServerError`].
-    pub fn bind(path: &Path) -> Result<Self, ServerError> {
-        let failed = |source: io::Error| ServerError::Bind {
-            path: path.to_owned(),
-            source,
-        };
-        let failed_errno = |e: Errno| failed(e.into());
-        let parent = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        // Two brokers that start at once take turns.
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(parent, flags, Mode::empty()).map_err(failed_errno)?;
-        rustix::fs::flock(&dir, FlockOperation::LockExclusive).map_err(failed_errno)?;
-        match std::fs::symlink_metadata(path) {
-            Ok(meta) if !meta.file_type().is_socket() => {
-                return Err(ServerError::NotASocket(path.to_owned()));
-            }
-            Ok(_) => match UnixStream::connect(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                    log::info!("replacing the stale socket {}", path.display());
-                    std::fs::remove_file(path).map_err(failed)?;
-                }
-                Ok(_) => return Err(ServerError::InUse(path.to_owned())),
-                Err(e) => return Err(failed(e)),
-            },
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(failed(e)),
-        }
-        let address = SocketAddrUnix::new(path).map_err(failed_errno)?;
-        let socket: OwnedFd = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(failed_errno)?;
-        rustix::net::bind(&socket, &address).map_err(failed_errno)?;
-        // Nobody can connect before listen(), so there is no moment in which
-        // the mode is wrong.
-        rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).map_err(failed_errno)?;
-        rustix::net::listen(&socket, 128).map_err(failed_errno)?;
-        let meta = std::fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self {
-            socket: socket.into(),
-            path: path.to_owned(),
-            identity: (meta.dev(), meta.ino()),
-        })
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
-        if ours && let Err(e) = std::fs::remove_file(&self.path) {
-            log::warn!("cannot remove {}: {e}", self.path.display());
         }
     }
 }
@@ -338,6 +245,9 @@ struct Connection {
 
 #[derive(Debug, Default)]
 struct ConnectionState {
+    /// The client's own description of the directory, from a resume until the
+    /// client confirms it: it carries the client's mark.
+    directory: Option<OwnedFd>,
     /// Events that await their acknowledgement.
     pending: HashSet<u64>,
     given_up: bool,
@@ -479,7 +389,11 @@ impl Shared {
             connection.wait_hangup();
         }
         drop(sender);
-        lock(&connection.state).gone = true;
+        let mut state = lock(&connection.state);
+        state.gone = true;
+        // It must not keep the mark of a client that is dead.
+        state.directory = None;
+        drop(state);
         connection.changed.notify_all();
         // A broker that stops takes nothing from guests that go on.
         if !self.stopping()
@@ -512,27 +426,35 @@ impl Shared {
             return Err(failure(Errno::PROTO, text));
         }
         let fds = reader.into_fds();
+        if let (Some(_), Some(directory)) = (&hello.resume, fds.get(2)) {
+            let directory = directory.try_clone().map_err(no_descriptor)?;
+            lock(&connection.state).directory = Some(directory);
+        }
         // The welcome comes first, whatever others have to say to this client.
         let writer = lock(&connection.writer);
-        let (session, events, geometry, files) = {
+        let (session, events, geometry, files, marked) = {
             let mut guard = lock(&self.broker);
             let broker = match &mut *guard {
                 Some(broker) => broker,
                 empty => empty.insert(self.recover(&hello, fds)?),
             };
+            let files = broker.files();
+            let marked =
+                marks::for_client(files.directory(), broker.generation()).map_err(no_descriptor)?;
             let (session, events) = match &hello.resume {
                 None => (broker.connect(hello.role)?, Vec::new()),
                 Some(resume) => broker.resume(hello.role, resume)?,
             };
             lock(&self.connections).insert(session, Arc::clone(connection));
-            (session, events, *broker.geometry(), broker.files())
+            (session, events, *broker.geometry(), files, marked)
         };
         // `stop` shuts down the connections that it finds in the list.
         if self.stopping() {
             let _ = connection.stream.shutdown(Shutdown::Both);
         }
         let welcome = FromBroker::Welcome(geometry);
-        let sent = wire::send_with_fds(&connection.stream, &welcome, &files.all())
+        let fds = [files.data(), files.tables(), marked.as_fd()];
+        let sent = wire::send_with_fds(&connection.stream, &welcome, &fds)
             .and_then(|()| Ok(connection.stream.set_read_timeout(None)?));
         drop(writer);
         if let Err(e) = sent {
@@ -564,28 +486,53 @@ impl Shared {
         }
         let shared = Arc::clone(self);
         let deadline = Instant::now() + self.options.grace;
-        spawn("pool-grace".to_owned(), move || shared.end_grace(deadline))
+        spawn("pool-settle".to_owned(), move || shared.settle(deadline))
             .map_err(|e| failure(Errno::AGAIN, e.to_string()))?;
         log::info!("recovered the pool");
         Ok(broker)
     }
 
-    fn end_grace(&self, deadline: Instant) {
+    /// Waits until every client of the former broker has resumed or is dead.
+    fn settle(&self, deadline: Instant) {
+        let mut grace = true;
         let mut stopped = lock(&self.stopped);
         while !*stopped {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                drop(stopped);
-                if let Some(broker) = lock(&self.broker).as_mut() {
-                    broker.end_grace();
+            drop(stopped);
+            if let Some(broker) = lock(&self.broker).as_mut() {
+                if broker.settle() {
+                    return;
                 }
-                return;
+                if grace && Instant::now() >= deadline {
+                    grace = false;
+                    broker.end_grace();
+                    log::warn!(
+                        "clients of the former broker live and have not come back: what they \
+                         had attached stays theirs"
+                    );
+                }
             }
-            stopped = self
-                .stop_changed
-                .wait_timeout(stopped, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            stopped = lock(&self.stopped);
+            if !*stopped {
+                stopped = self
+                    .stop_changed
+                    .wait_timeout(stopped, if grace { SETTLE } else { SETTLE_LATE })
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+            }
+        }
+    }
+
+    /// A client knows that it has resumed: its mark moves on.
+    fn confirm(&self, session: SessionId, connection: &Connection) {
+        let Some(directory) = lock(&connection.state).directory.take() else {
+            return;
+        };
+        let guard = &mut *lock(&self.broker);
+        if let Some(broker) = guard {
+            broker.confirm(session);
+            if let Err(e) = marks::set(directory.as_fd(), broker.generation()) {
+                log::error!("cannot move the mark of client {session}: {e}");
+            }
         }
     }
 
@@ -612,6 +559,10 @@ impl Shared {
                 Ok(ToBroker::Ack { seq }) => {
                     lock(&connection.state).pending.remove(&seq);
                     connection.changed.notify_all();
+                    continue;
+                }
+                Ok(ToBroker::Resumed) => {
+                    self.confirm(session, connection);
                     continue;
                 }
                 Ok(ToBroker::Hello(_)) => failure(Errno::PROTO, "a second hello"),
@@ -723,6 +674,11 @@ impl Shared {
         let _ = connection.send(&FromBroker::Refused(why));
         let _ = connection.stream.shutdown(Shutdown::Write);
     }
+}
+
+fn no_descriptor(error: io::Error) -> Failure {
+    let text = format!("the broker cannot open the pool's directory anew: {error}");
+    failure(Errno::AGAIN, text)
 }
 
 fn message(event: &Invalidate, seq: u64) -> FromBroker {

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // Helpers of tests.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -15,11 +16,15 @@ use mshare_pool::client::{Client, Event};
 use mshare_pool::directory::MAX_RECORDS;
 use mshare_pool::layout::PoolConfig;
 use mshare_pool::server::{Listener, Options, Server, Start};
+use mshare_pool::wire::{FdReader, receive};
 use mshare_pool::{Policy, Region, Role};
+use mshare_protocol::broker::{FromBroker, Hello, Request, ToBroker, VERSION};
 use mshare_protocol::entry::{Prot, decode_leaf, decode_table};
+use mshare_protocol::frame;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+const GRACE: Duration = Duration::from_millis(1500);
 const SOCKET: &str = "MSHARE_TEST_BROKER_SOCKET";
 const RECOVER: &str = "MSHARE_TEST_BROKER_RECOVER";
 
@@ -39,7 +44,7 @@ fn broker_process() {
         Broker::new(&PoolConfig::new(512 * MIB)).unwrap().into()
     };
     let options = Options {
-        grace: Duration::from_millis(1500),
+        grace: GRACE,
         ..Options::default()
     };
     Server::start(listener, start, options).unwrap().wait();
@@ -188,7 +193,7 @@ fn a_killed_broker_is_replaced_and_nothing_is_lost() {
         a.size(half.id, 8 * GIB, 2 * MIB).unwrap();
         assert_eq!(a.stat(unlinked.id).unwrap().attached, ["a"]);
         a.detach(unlinked.id).unwrap();
-        // What nobody holds ends with the grace period.
+        // What nobody holds ends once all that live have resumed.
         let limit = Instant::now() + Duration::from_secs(10);
         while a.stat(lost.id).is_ok() || a.stat(unlinked.id).is_ok() {
             assert!(Instant::now() < limit, "unlinked regions must end");
@@ -199,6 +204,60 @@ fn a_killed_broker_is_replaced_and_nothing_is_lost() {
         assert!(next.id > lost.id, "ids are not used again");
         drop(second);
     });
+}
+
+/// A guest that does nothing by itself: it has `id` attached and does not
+/// resume. Its end of the connection, and its descriptors.
+fn idle_guest(path: &Path, policy: Policy, id: u64) -> (UnixStream, Vec<OwnedFd>) {
+    let stream = UnixStream::connect(path).unwrap();
+    let hello = ToBroker::Hello(Hello {
+        version: VERSION,
+        role: Role::Guest {
+            name: "idle".to_owned(),
+            policy,
+        },
+        resume: None,
+    });
+    frame::send(&mut &stream, &hello).unwrap();
+    let mut reader = FdReader::new(&stream);
+    let welcome = receive(&mut reader, frame::MAX_FRAME).unwrap();
+    assert!(matches!(welcome, FromBroker::Welcome(_)));
+    let fds = reader.into_fds();
+    let request = Request::Attach { id };
+    frame::send(&mut &stream, &ToBroker::Request { tag: 1, request }).unwrap();
+    let reply = frame::receive(&mut &stream).unwrap();
+    assert!(matches!(reply, FromBroker::Reply { result: Ok(_), .. }));
+    (stream, fds)
+}
+
+#[test]
+fn memory_of_a_guest_that_stays_away_is_reused_only_after_its_death() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool.sock");
+    let mut first = fresh(&path);
+    let (a, a_events) = guest(&path, "a", Policy::Rw);
+    let region = make(&a, b"r", GIB, 4 * MIB);
+    let idle = idle_guest(&path, Policy::Rw, region.id);
+    a.unlink(b"r", None).unwrap();
+    a.detach(region.id).unwrap();
+    first.kill();
+    wait_for(&a_events, &Event::Lost);
+    let _second = Process::start(&path, true);
+    wait_for(&a_events, &Event::Resumed);
+    let grace_is_over = Instant::now() + GRACE + Duration::from_millis(500);
+    while Instant::now() < grace_is_over {
+        assert!(a.stat(region.id).is_ok(), "a guest has it mapped");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let next = make(&a, b"next", 2 * GIB, 4 * MIB);
+    assert_ne!(next.data_off, region.data_off);
+    drop(idle);
+    let limit = Instant::now() + Duration::from_secs(10);
+    while a.stat(region.id).is_ok() {
+        assert!(Instant::now() < limit, "the guest is dead");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(a.pool_stat().unwrap().data_free, 508 * MIB);
 }
 
 #[test]
@@ -260,7 +319,7 @@ fn brokers_killed_again_and_again_under_load() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    // The grace of the last recovery may still hold a region.
+    // The last recovery may not have settled.
     let limit = Instant::now() + Duration::from_secs(10);
     loop {
         let stat = watcher.pool_stat().unwrap();
@@ -284,7 +343,6 @@ fn a_recovering_broker_takes_nothing_wrong() {
     let _server = Server::start(listener, start, Options::default()).unwrap();
     let refused = |resume: Option<mshare_protocol::broker::Resume>,
                    fds: &[std::os::fd::BorrowedFd<'_>]| {
-        use mshare_protocol::broker::{FromBroker, Hello, ToBroker, VERSION};
         let stream = UnixStream::connect(&path).unwrap();
         let hello = ToBroker::Hello(Hello {
             version: VERSION,
