@@ -207,8 +207,10 @@ pub enum Request {
         /// Region.
         id: u64,
     },
-    /// Change what everybody may do with a range. When the reply comes, no
-    /// CPU of any guest uses a right that was taken away.
+    /// Change what everybody may do with a range. After [`Reply::Done`] no CPU
+    /// of any guest uses a right that was taken away. ETIMEDOUT: nobody gets
+    /// the right anew, but guests with private tables that have neither
+    /// acknowledged nor ended, or not resumed, may still use it.
     Protect {
         /// Region.
         id: u64,

@@ -66,7 +66,8 @@ struct Session {
     confirmed: bool,
 }
 
-/// Guests to be told that rights are gone.
+/// Guests to be told that rights are gone. There may be others that have not
+/// resumed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invalidate {
     /// Region.
@@ -75,7 +76,7 @@ pub struct Invalidate {
     pub offset: u64,
     /// Bytes.
     pub len: u64,
-    /// Whom to tell.
+    /// Whom to tell, or to wait for if they are silent.
     pub sessions: Vec<SessionId>,
 }
 
@@ -109,9 +110,6 @@ pub struct Broker {
     awaited: BTreeMap<u64, Counts>,
     /// Every client of former brokers has resumed or is dead.
     settled: bool,
-    /// A broker before this one was killed; it may have begun what clients now
-    /// ask for again.
-    recovered: bool,
     #[cfg(feature = "ablation")]
     ablation: Option<crate::editor::Ablation>,
 }
@@ -178,7 +176,6 @@ impl Broker {
             grace: false,
             awaited: BTreeMap::new(),
             settled: true,
-            recovered: false,
             #[cfg(feature = "ablation")]
             ablation: None,
         })
@@ -228,6 +225,40 @@ impl Broker {
         };
         self.sessions.insert(id, session);
         Ok(id)
+    }
+
+    /// Why rights in a region may not be gone: the guests of `late` have not
+    /// acknowledged and still have it attached, or others have not resumed.
+    ///
+    /// # Errors
+    /// ETIMEDOUT, naming them.
+    pub fn check_revoked(&self, id: u64, late: &[SessionId]) -> Result<(), Failure> {
+        let mut holders: Vec<String> = late
+            .iter()
+            .filter_map(|session| self.sessions.get(session))
+            .filter_map(|s| match &s.role {
+                Role::Guest { name, .. } if s.attached.contains(&id) => Some(name.clone()),
+                _ => None,
+            })
+            .collect();
+        match self.private_awaited(id) {
+            0 => {}
+            away => holders.push(format!("{away} not seen since the former broker")),
+        }
+        if holders.is_empty() {
+            return Ok(());
+        }
+        let text = format!(
+            "guests that have not acknowledged may still use what was taken away from region \
+             {id}: {}; try again, or end their VMMs",
+            holders.join(", ")
+        );
+        Err(failure(Errno::TIMEDOUT, text))
+    }
+
+    /// How many private attachments of a region have not resumed.
+    fn private_awaited(&self, id: u64) -> u32 {
+        self.awaited.get(&id).map_or(0, |a| a.private)
     }
 
     /// Sessions of guests that have a region attached privately.
@@ -481,18 +512,13 @@ impl Broker {
         self.directory.set_intent(id, Some(intent))?;
         let edit = tables.protect(&self.table_file, first, pages, intent.prot);
         self.directory.set_intent(id, None)?;
-        // After an error some of the rights may be gone; after a recovery a
-        // former broker may have taken them and told nobody.
-        let told = match &edit {
-            Ok(edit) => edit.revoked || self.recovered && intent.prot != Prot::ReadWrite,
-            Err(_) => true,
-        };
+        // Guests are told even if the tables had lost the right before: another
+        // call may still wait for them, or a former broker have told nobody.
+        // After an error some of the rights may be gone.
+        let told = intent.prot != Prot::ReadWrite || edit.as_ref().map_or(true, |e| e.revoked);
         if told {
-            let sessions: Vec<SessionId> = self
-                .private_attached(id)
-                .filter(|session| self.sessions.get(session).is_some_and(|s| !s.silent))
-                .collect();
-            if !sessions.is_empty() {
+            let sessions: Vec<SessionId> = self.private_attached(id).collect();
+            if !sessions.is_empty() || self.private_awaited(id) > 0 {
                 *invalidate = Some(Invalidate {
                     id,
                     offset: intent.offset,

@@ -412,7 +412,11 @@ fn only_private_guests_are_told_and_only_of_losses() {
             .is_none()
     );
     b.silence(private);
-    assert!(b.handle(other, protect(Prot::None)).invalidate.is_none());
+    let told = b.handle(other, protect(Prot::None)).invalidate.unwrap();
+    assert_eq!(told.sessions, [private], "its guest still has it mapped");
+    let why = b.check_revoked(id, &told.sessions).unwrap_err();
+    assert_eq!(why.errno, Errno::TIMEDOUT.raw_os_error());
+    assert!(why.message.contains(": p;"), "{why}");
     let stat = region(b.handle(other, Request::Stat { id }));
     assert_eq!(stat.attached, ["s"], "a silent client does not count");
     let (got, _) = errno(b.handle(private, Request::Stat { id }));
@@ -626,4 +630,28 @@ fn a_client_that_does_not_know_that_it_has_resumed_may_come_again() {
     assert!(b.settle() && !gone(&mut b, s, id));
     b.disconnect(s);
     assert_empty(&b);
+}
+
+#[test]
+fn a_right_is_not_gone_while_a_private_guest_has_not_resumed() {
+    let (files, id, mark) = orphaned(Policy::Private);
+    let mut b = Broker::recover(files, 100).unwrap();
+    let s = guest(&mut b, "other", Policy::Rw);
+    let protect = Request::Protect {
+        id,
+        offset: 0,
+        len: 4096,
+        prot: Prot::Read,
+    };
+    assert!(b.awaits_resume(&protect));
+    b.end_grace();
+    assert!(!b.awaits_resume(&protect));
+    let told = b.handle(s, protect.clone()).invalidate.unwrap();
+    assert!(told.sessions.is_empty());
+    let why = b.check_revoked(id, &[]).unwrap_err();
+    assert_eq!(why.errno, Errno::TIMEDOUT.raw_os_error());
+    assert!(why.message.contains("1 not seen"), "{why}");
+    drop(mark);
+    assert!(b.settle());
+    assert_eq!(b.check_revoked(id, &[]), Ok(()));
 }

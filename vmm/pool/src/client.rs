@@ -306,7 +306,8 @@ impl Client {
     /// Sets the protection of a range for everybody.
     ///
     /// # Errors
-    /// EINVAL, ENOENT, EAGAIN (unsized), EROFS, ENOMEM; as [`Client::call`].
+    /// EINVAL, ENOENT, EAGAIN (unsized), EROFS, ENOMEM, ETIMEDOUT (a guest may
+    /// still use what was taken away); as [`Client::call`].
     pub fn protect(&self, id: u64, offset: u64, len: u64, prot: Prot) -> Result<(), Failure> {
         self.done(Request::Protect {
             id,

@@ -45,6 +45,9 @@ pub use listener::{Listener, ServerError};
 pub const MAX_REQUEST: usize = 64 << 10;
 /// Requests of one client that may wait for their turn.
 const MAX_QUEUED: usize = 16;
+/// How long the reader of a connection may take to find an acknowledgement
+/// that was sent in time.
+const DRAIN: Duration = Duration::from_millis(250);
 const STACK: usize = 256 << 10;
 /// How often it is looked whether all clients of a former broker have resumed
 /// or are dead, in the time of grace and after it.
@@ -251,6 +254,7 @@ struct ConnectionState {
     /// Events that await their acknowledgement.
     pending: HashSet<u64>,
     given_up: bool,
+    /// The broker knows that it has ended.
     gone: bool,
 }
 
@@ -389,12 +393,6 @@ impl Shared {
             connection.wait_hangup();
         }
         drop(sender);
-        let mut state = lock(&connection.state);
-        state.gone = true;
-        // It must not keep the mark of a client that is dead.
-        state.directory = None;
-        drop(state);
-        connection.changed.notify_all();
         // A broker that stops takes nothing from guests that go on.
         if !self.stopping()
             && let Some(broker) = lock(&self.broker).as_mut()
@@ -402,6 +400,12 @@ impl Shared {
             broker.disconnect(session);
         }
         lock(&self.connections).remove(&session);
+        let mut state = lock(&connection.state);
+        state.gone = true;
+        // It must not keep the mark of a client that is dead.
+        state.directory = None;
+        drop(state);
+        connection.changed.notify_all();
         if let Ok(worker) = worker {
             let _ = worker.join();
         }
@@ -588,10 +592,14 @@ impl Shared {
                 }
                 (broker.handle(session, request), broker.files())
             };
-            if let Some(event) = &answer.invalidate {
-                self.invalidate(event);
-            }
             let mut result = answer.result;
+            if let Some(event) = &answer.invalidate
+                && let Err(why) = self.invalidate(event)
+                && result.is_ok()
+            {
+                log::warn!("{why}");
+                result = Err(why);
+            }
             if let (true, Ok(Reply::Region(region))) = (answer.count_resident, &mut result) {
                 region.resident =
                     memory::resident(files.data(), region.data_off, region.len).unwrap_or(0);
@@ -622,8 +630,12 @@ impl Shared {
     }
 
     /// Tells clients that rights are gone, and returns when each of them has
-    /// acted on it, or is gone, or was given up and had its time to go.
-    fn invalidate(&self, event: &Invalidate) {
+    /// acted on it or is gone. Who does not acknowledge is given up; who was
+    /// given up has its memory mapped until its connection ends.
+    ///
+    /// # Errors
+    /// ETIMEDOUT if one has done neither in time.
+    fn invalidate(&self, event: &Invalidate) -> Result<(), Failure> {
         let told: Vec<_> = {
             let connections = lock(&self.connections);
             event
@@ -634,27 +646,39 @@ impl Shared {
                 .collect()
         };
         for (_, connection, seq) in &told {
-            lock(&connection.state).pending.insert(*seq);
-            // If it cannot be told, it will not acknowledge.
-            let _ = connection.send(&message(event, *seq));
+            let mut state = lock(&connection.state);
+            state.pending.insert(*seq);
+            let told = !state.given_up;
+            drop(state);
+            if told {
+                // If it cannot be told, it will not acknowledge.
+                let _ = connection.send(&message(event, *seq));
+            }
         }
-        let deadline = Instant::now() + self.options.ack_limit;
+        let deadline = after(self.options.ack_limit);
         let mut late = Vec::new();
         for (session, connection, seq) in told {
-            if !connection.wait(deadline, |s| s.gone || !s.pending.contains(&seq)) {
+            let acted = |s: &ConnectionState| s.gone || !s.pending.contains(&seq);
+            let heard = |s: &ConnectionState| s.given_up || acted(s);
+            // This process may have stood still for all the time: then what the
+            // client has sent is still to be read.
+            if !connection.wait(deadline, heard) && !connection.wait(after(DRAIN), heard) {
                 let text = format!(
                     "no acknowledgement of event {seq} (region {}) within {:?}",
                     event.id, self.options.ack_limit
                 );
                 self.give_up(session, &connection, failure(Errno::TIMEDOUT, text));
-                late.push(connection);
+            }
+            if !acted(&lock(&connection.state)) {
+                late.push((session, connection));
             }
         }
-        let deadline = Instant::now() + self.options.ack_limit;
-        for connection in late {
-            if !connection.wait(deadline, |s| s.gone) {
-                log::error!("a client that was given up keeps its memory mapped");
-            }
+        let deadline = after(self.options.ack_limit);
+        late.retain(|(_, connection)| !connection.wait(deadline, |s| s.gone));
+        let late: Vec<SessionId> = late.into_iter().map(|(session, _)| session).collect();
+        match &*lock(&self.broker) {
+            Some(broker) => broker.check_revoked(event.id, &late),
+            None => Ok(()),
         }
     }
 
@@ -674,6 +698,10 @@ impl Shared {
         let _ = connection.send(&FromBroker::Refused(why));
         let _ = connection.stream.shutdown(Shutdown::Write);
     }
+}
+
+fn after(time: Duration) -> Instant {
+    Instant::now() + time
 }
 
 fn no_descriptor(error: io::Error) -> Failure {

@@ -261,6 +261,43 @@ fn memory_of_a_guest_that_stays_away_is_reused_only_after_its_death() {
 }
 
 #[test]
+fn an_acknowledgement_that_a_stopped_broker_finds_late_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool.sock");
+    let broker = fresh(&path);
+    let signal = |signal| {
+        let pid = rustix::process::Pid::from_child(&broker.0);
+        rustix::process::kill_process(pid, signal).unwrap();
+    };
+    let (a, _) = guest(&path, "a", Policy::Rw);
+    let region = make(&a, b"r", GIB, 4 * MIB);
+    let role = Role::Guest {
+        name: "p".to_owned(),
+        policy: Policy::Private,
+    };
+    let (sender, events) = channel();
+    let p = Client::connect(&path, role, move |event, _| {
+        let _ = sender.send(event);
+    })
+    .unwrap();
+    p.attach(region.id).unwrap();
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| a.protect(region.id, 0, 4096, Prot::None));
+        let Event::Invalidate { seq, .. } = events.recv().unwrap() else {
+            panic!("not an event to acknowledge");
+        };
+        signal(rustix::process::Signal::STOP);
+        p.ack(seq);
+        // The time itself is the matter here.
+        std::thread::sleep(Options::default().ack_limit + Duration::from_millis(200));
+        signal(rustix::process::Signal::CONT);
+        asked.join().unwrap().unwrap();
+    });
+    assert_eq!(p.stat(region.id).unwrap().attached, ["a", "p"]);
+    assert!(events.try_recv().is_err(), "it was given up");
+}
+
+#[test]
 fn brokers_killed_again_and_again_under_load() {
     const KILLS: usize = 12;
     let dir = tempfile::tempdir().unwrap();

@@ -251,24 +251,57 @@ fn a_silent_guest_is_dropped_and_others_go_on() {
 }
 
 #[test]
+fn a_right_is_not_gone_while_a_silent_guest_keeps_its_connection() {
+    let pool = pool_with(64 * MIB, quick());
+    let (a, _) = guest(&pool.path, "a", Policy::Rw);
+    let region = make(&a, b"r", GIB, 4 * MIB);
+    let raw = hello(&pool.path, Policy::Private);
+    attach(&raw, region.id);
+    let protect = |prot| a.protect(region.id, 0, 4096, prot);
+    // The first gives it up; the others find it given up.
+    for prot in [Prot::Read, Prot::Read, Prot::None] {
+        let why = protect(prot).unwrap_err();
+        assert_eq!(why.errno, Errno::TIMEDOUT.raw_os_error());
+        assert!(why.message.contains(": raw;"), "{why}");
+    }
+    protect(Prot::ReadWrite).unwrap();
+    drop(raw);
+    protect(Prot::Read).unwrap();
+}
+
+#[test]
+fn a_protection_waits_for_what_another_has_asked_for() {
+    let pool = pool(64 * MIB);
+    let (a, _) = guest(&pool.path, "a", Policy::Rw);
+    let (p, p_events) = guest(&pool.path, "p", Policy::Private);
+    let region = make(&a, b"r", GIB, 4 * MIB);
+    p.attach(region.id).unwrap();
+    let admin = admin::connect(&pool.path).unwrap();
+    let next = || match p_events.recv().unwrap() {
+        Event::Invalidate { seq, .. } => seq,
+        event => panic!("{event:?}"),
+    };
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| a.protect(region.id, 0, 4096, Prot::Read));
+        let seq = next();
+        let second = scope.spawn(|| admin.protect(region.id, 0, 4096, Prot::Read));
+        let other = next();
+        assert!(!first.is_finished() && !second.is_finished());
+        p.ack(seq);
+        p.ack(other);
+        first.join().unwrap().unwrap();
+        second.join().unwrap().unwrap();
+    });
+}
+
+#[test]
 fn the_memory_of_a_dropped_client_is_not_reused_before_it_closes() {
     let pool = pool_with(64 * MIB, quick());
     let (a, _) = guest(&pool.path, "a", Policy::Rw);
     let region = make(&a, b"r", GIB, 4 * MIB);
     a.detach(region.id).unwrap();
     let mut raw = hello(&pool.path, Policy::Rw);
-    frame::send(
-        &mut raw,
-        &ToBroker::Request {
-            tag: 1,
-            request: Request::Attach { id: region.id },
-        },
-    )
-    .unwrap();
-    assert!(matches!(
-        frame::receive(&mut raw).unwrap(),
-        FromBroker::Reply { .. }
-    ));
+    attach(&raw, region.id);
     a.unlink(b"r", None).unwrap();
     raw.write_all(&[0xff; 64]).unwrap();
     assert!(matches!(
@@ -305,6 +338,13 @@ fn hello(path: &Path, policy: Policy) -> UnixStream {
         FromBroker::Welcome(_)
     ));
     raw
+}
+
+fn attach(raw: &UnixStream, id: u64) {
+    let request = Request::Attach { id };
+    frame::send(&mut &*raw, &ToBroker::Request { tag: 1, request }).unwrap();
+    let reply = frame::receive(&mut &*raw).unwrap();
+    assert!(matches!(reply, FromBroker::Reply { result: Ok(_), .. }));
 }
 
 fn refusal(raw: &mut UnixStream) -> Failure {

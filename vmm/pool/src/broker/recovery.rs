@@ -28,7 +28,6 @@ impl Broker {
         let mut broker = Self::with(files, directory)?;
         broker.grace = true;
         broker.settled = false;
-        broker.recovered = true;
         let left: Vec<Entry> = broker.directory.regions().cloned().collect();
         for entry in left {
             let id = entry.id;
@@ -189,7 +188,7 @@ impl Broker {
         self.grace
             && match request {
                 Request::Protect { id, prot, .. } if *prot != Prot::ReadWrite => {
-                    self.awaited.get(id).is_some_and(|a| a.private > 0)
+                    self.private_awaited(*id) > 0
                 }
                 _ => false,
             }
