@@ -655,3 +655,37 @@ fn a_right_is_not_gone_while_a_private_guest_has_not_resumed() {
     assert!(b.settle());
     assert_eq!(b.check_revoked(id, &[]), Ok(()));
 }
+
+#[test]
+fn a_name_that_a_missing_creator_may_claim_exists() {
+    let mut b = broker(64 * MIB);
+    let s = guest(&mut b, "creator", Policy::Rw);
+    let mark = marks::for_client(b.files().directory(), b.generation()).unwrap();
+    let id = region(b.handle(s, create(b"a"))).id;
+    let recover = |b: &Broker| Broker::recover(b.files().try_clone().unwrap(), 100).unwrap();
+    let mut b = recover(&b);
+    let other = guest(&mut b, "other", Policy::Rw);
+    assert!(b.awaits_resume(&create(b"a")) && !b.awaits_resume(&create(b"b")));
+    b.end_grace();
+    assert!(!b.settle() && !b.awaits_resume(&create(b"a")));
+    assert_eq!(errno(b.handle(other, create(b"a"))).0, Errno::EXIST);
+    let resume = Resume {
+        uuid: b.geometry().uuid,
+        attached: vec![],
+        created: vec![id],
+    };
+    let role = Role::Guest {
+        name: "creator".to_owned(),
+        policy: Policy::Rw,
+    };
+    let (back, _) = b.resume(role, &resume).unwrap();
+    let (start, len) = (GIB, 4 * MIB);
+    region(b.handle(back, Request::Size { id, start, len }));
+    // Of a creator that is dead, nothing stays.
+    let unclaimed = region(b.handle(back, create(b"c"))).id;
+    let mut b = recover(&b);
+    let other = guest(&mut b, "other", Policy::Rw);
+    drop(mark);
+    assert!(b.settle() && gone(&mut b, other, unclaimed));
+    region(b.handle(other, create(b"c")));
+}

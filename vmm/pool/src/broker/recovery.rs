@@ -180,9 +180,9 @@ impl Broker {
         self.grace = false;
     }
 
-    /// Whether `request` takes rights from guests with private tables of which
-    /// some have not resumed yet: it must wait for them, or for
-    /// [`Broker::end_grace`].
+    /// Whether `request` takes rights from guests with private tables, or the
+    /// name from an unsized region's creator, and some have not resumed yet: it
+    /// must wait for them, or for [`Broker::end_grace`].
     #[must_use]
     pub fn awaits_resume(&self, request: &Request) -> bool {
         self.grace
@@ -190,18 +190,25 @@ impl Broker {
                 Request::Protect { id, prot, .. } if *prot != Prot::ReadWrite => {
                     self.private_awaited(*id) > 0
                 }
+                Request::Create { name, .. } => !self.settled && self.orphan(name).is_some(),
                 _ => false,
             }
     }
 
-    /// Removes an unsized region of a former broker whose name is wanted anew:
-    /// its creator asks again, or is gone.
+    /// An unsized region of a former broker that no client has claimed.
+    fn orphan(&self, name: &[u8]) -> Option<u64> {
+        let entry = self.directory.find(name).ok()?;
+        (entry.state == State::Unsized && !self.creators.contains_key(&entry.id))
+            .then_some(entry.id)
+    }
+
+    /// Removes an orphan whose name is wanted anew. While its creator may live
+    /// and claim it, the name exists.
     pub(super) fn bury_orphan(&mut self, name: &[u8]) {
-        if let Ok(entry) = self.directory.find(name)
-            && entry.state == State::Unsized
-            && !self.creators.contains_key(&entry.id)
+        if self.settled
+            && let Some(id) = self.orphan(name)
         {
-            self.destroy(entry.id);
+            self.destroy(id);
         }
     }
 }
