@@ -111,7 +111,10 @@ pub struct Tables {
     /// PMD pages that are punched and have to be written again. Empty between
     /// edits, unless there was no memory.
     torn: Vec<u64>,
-    /// Slots that the edit under way has replaced.
+    /// PMD pages with the rights that their units had before an edit: they have
+    /// to be punched. Empty between edits, unless a punch failed.
+    unpunched: Vec<u32>,
+    /// Slots that the edit under way has replaced, or one whose punch failed.
     old: Vec<u32>,
     #[cfg(feature = "ablation")]
     ablation: Option<Ablation>,
@@ -146,6 +149,7 @@ impl Tables {
             units: Vec::new(),
             slots: SlotMap::new(span.slots()),
             torn: Vec::new(),
+            unpunched: Vec::new(),
             old: Vec::new(),
             #[cfg(feature = "ablation")]
             ablation: None,
@@ -235,7 +239,7 @@ impl Tables {
     /// # Errors
     /// [`EditError`]; units of 2 MiB are done or not done as a whole, and a
     /// right that was taken from the tables is gone from all CPUs unless the
-    /// error is [`EditError::Punch`]. If there was no memory to write a PMD page
+    /// error is [`EditError::Punch`]: then the next call takes it first. If there was no memory to write a PMD page
     /// again, accesses to its GiB wait, and the next call tries again first.
     pub fn protect(
         &mut self,
@@ -244,8 +248,7 @@ impl Tables {
         pages: u64,
         prot: Prot,
     ) -> Result<Edit, EditError> {
-        self.mend(file)?;
-        self.release_old(file)?;
+        self.finish(file)?;
         let end = (first + pages).min(self.span.len / PAGE_SIZE);
         let mut edit = Edit::default();
         let mut batch = Batch::new(first..end, prot);

@@ -346,6 +346,38 @@ fn damaged_leaf_is_written_again_with_the_next_edit() {
     check(&file, &tables, &model);
 }
 
+/// Whichever punch of an edit fails, the edit fails, and the next one takes
+/// what was left.
+#[test]
+fn right_whose_punch_fails_is_taken_by_the_next_edit() {
+    for huge in [false, true] {
+        for punches in 0.. {
+            let units = ENTRIES + 2;
+            let (file, span) = region_of(units, Some(8), huge);
+            let mut tables = Tables::build(&file, span, Prot::ReadWrite).unwrap();
+            // Both kinds of units, and slots that are not neighbours.
+            for unit in [1, 3, ENTRIES + 1] {
+                tables
+                    .protect(&file, unit * ENTRIES, 1, Prot::Read)
+                    .unwrap();
+            }
+            crash::fail_punch(Some(punches));
+            let (first, pages) = (5, (units - 1) * ENTRIES);
+            let edit = tables.protect(&file, first, pages, Prot::Read);
+            if crash::fail_punch(None) {
+                edit.unwrap();
+                break;
+            }
+            assert!(matches!(edit, Err(EditError::Punch(_))), "{edit:?}");
+            tables.protect(&file, first, pages, Prot::Read).unwrap();
+            let mut model = vec![Prot::ReadWrite; index(units * ENTRIES)];
+            model[index(first)..index(first + pages)].fill(Prot::Read);
+            model[index((units - 1) * ENTRIES)] = Prot::Read;
+            check(&file, &tables, &model);
+        }
+    }
+}
+
 /// Kills the broker at every change that an edit of leaves makes; how many
 /// units recovery found damaged in all.
 fn damaged_by_kills(prepare: impl Fn(&mut Tables)) -> u64 {

@@ -299,18 +299,20 @@ pub fn punch(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<(), MemoryErro
     if len == 0 {
         return Ok(());
     }
+    let failed = |e: Errno| MemoryError::Punch {
+        offset,
+        len,
+        source: e.into(),
+    };
+    if crash::punch_fails() {
+        return Err(failed(Errno::NOMEM));
+    }
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     loop {
         match rustix::fs::fallocate(fd, flags, offset, len) {
             Ok(()) => return Ok(()),
             Err(Errno::INTR) => {}
-            Err(e) => {
-                return Err(MemoryError::Punch {
-                    offset,
-                    len,
-                    source: e.into(),
-                });
-            }
+            Err(e) => return Err(failed(e)),
         }
     }
 }
@@ -600,6 +602,19 @@ pub mod crash {
     thread_local! {
         static FUEL: Cell<Option<u64>> = const { Cell::new(None) };
         static COUNT: Cell<u64> = const { Cell::new(0) };
+        static PUNCHES: Cell<Option<u64>> = const { Cell::new(None) };
+    }
+
+    /// Lets the punch after the next `punches` on this thread fail, once;
+    /// whether the one armed before is still to come.
+    pub fn fail_punch(punches: Option<u64>) -> bool {
+        PUNCHES.replace(punches).is_some()
+    }
+
+    pub(super) fn punch_fails() -> bool {
+        let left = PUNCHES.get();
+        PUNCHES.set(left.and_then(|n| n.checked_sub(1)));
+        left == Some(0)
     }
 
     /// What the simulated kill unwinds with.
@@ -631,6 +646,11 @@ pub mod crash {
 mod crash {
     #[inline(always)]
     pub(super) fn point() {}
+
+    #[inline(always)]
+    pub(super) const fn punch_fails() -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

@@ -188,13 +188,29 @@ impl Tables {
             let entries = units.clone().map(|unit| self.pmd_entry(unit));
             file.fill(self.shadow_word(units.start), entries);
         }
-        let gibs: Vec<u32> = gibs.iter().filter_map(|&g| u32::try_from(g).ok()).collect();
-        for (first, end) in runs(&gibs) {
+        self.unpunched
+            .extend(gibs.iter().filter_map(|&g| u32::try_from(g).ok()));
+        self.punch_pmd_pages(file)
+    }
+
+    /// Completes what an edit that failed has left: until then rights that the
+    /// units no longer have may be in use.
+    pub(super) fn finish(&mut self, file: &SharedFile) -> Result<(), EditError> {
+        self.mend(file)?;
+        self.punch_pmd_pages(file)?;
+        self.release_old(file)
+    }
+
+    /// Punches PMD pages whose new content is in their shadows, and writes them
+    /// again.
+    fn punch_pmd_pages(&mut self, file: &SharedFile) -> Result<(), EditError> {
+        for (first, end) in runs(&self.unpunched) {
             file.punch(
                 self.span.table_off + first * PAGE_SIZE,
                 (end - first) * PAGE_SIZE,
             )
             .map_err(EditError::Punch)?;
+            self.unpunched.retain(|&gib| u64::from(gib) >= end);
             self.torn.extend(first..end);
             self.mend(file)?;
         }
@@ -202,7 +218,7 @@ impl Tables {
     }
 
     /// Writes PMD pages again that were punched.
-    pub(super) fn mend(&mut self, file: &SharedFile) -> Result<(), EditError> {
+    fn mend(&mut self, file: &SharedFile) -> Result<(), EditError> {
         while let Some(&gib) = self.torn.last() {
             let at = self.span.table_off + gib * PAGE_SIZE;
             let mut tries = 1;
@@ -214,8 +230,8 @@ impl Tables {
                 thread::sleep(REFILL_PAUSE);
             }
             self.refill(file, gib);
-            self.torn.pop();
             self.drop_shadow(file, gib)?;
+            self.torn.pop();
         }
         Ok(())
     }
@@ -240,22 +256,28 @@ impl Tables {
     }
 
     /// Punches the slots that an edit has replaced.
-    pub(super) fn release_old(&mut self, file: &SharedFile) -> Result<(), EditError> {
+    fn release_old(&mut self, file: &SharedFile) -> Result<(), EditError> {
         let old = std::mem::take(&mut self.old);
         self.release(file, &old)
     }
 
     /// Punches slots that no PMD entry refers to any more; then they are spare.
+    /// Those that cannot be punched are left to the next edit.
     fn release(&mut self, file: &SharedFile, slots: &[u32]) -> Result<(), EditError> {
         #[cfg(feature = "ablation")]
         let skip = self.ablation == Some(Ablation::SkipPunch);
         #[cfg(not(feature = "ablation"))]
         let skip = false;
-        for (first, end) in runs(slots) {
-            if !skip {
-                // One call for a run: one flush of the vCPUs for all of it.
-                file.punch(self.span.slot_off(first), (end - first) * PAGE_SIZE)
-                    .map_err(EditError::Punch)?;
+        let mut runs = runs(slots).into_iter();
+        while let Some((first, end)) = runs.next() {
+            // One call for a run: one flush of the vCPUs for all of it.
+            if !skip
+                && let Err(e) = file.punch(self.span.slot_off(first), (end - first) * PAGE_SIZE)
+            {
+                let left = (first..end).chain(runs.flat_map(|(first, end)| first..end));
+                self.old
+                    .extend(left.filter_map(|slot| u32::try_from(slot).ok()));
+                return Err(EditError::Punch(e));
             }
             for slot in first..end {
                 self.slots.give(slot);
