@@ -207,7 +207,8 @@ pub enum Request {
         /// Region.
         id: u64,
     },
-    /// Change what everybody may do with a range. After [`Reply::Done`] no CPU
+    /// Change what everybody may do with a range. A guest must have the region
+    /// attached, else ENOTCONN; so for DISCARD. After [`Reply::Done`] no CPU
     /// of any guest uses a right that was taken away. ETIMEDOUT: nobody gets
     /// the right anew, but guests with private tables that have neither
     /// acknowledged nor ended, or not resumed, may still use it.

@@ -406,10 +406,12 @@ impl Broker {
                 len,
                 prot,
             } => {
+                self.check_attached(session, id)?;
                 self.protect(id, &Intent { offset, len, prot }, invalidate)?;
                 Ok(Reply::Done)
             }
             Request::Discard { id, offset, len } => {
+                self.check_attached(session, id)?;
                 let (entry, span) = self.directory.live(id)?;
                 check_range(entry, offset, len)?;
                 memory::punch(self.files.data(), span.data_off + offset, len)
@@ -455,6 +457,20 @@ impl Broker {
                 let text =
                     format!("guest {name} may only read this pool (its policy is read-only)");
                 Err(failure(Errno::ROFS, text).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A guest changes only regions that it has attached: its driver attaches
+    /// before it lets a process ask.
+    fn check_attached(&self, session: SessionId, id: u64) -> Outcome<()> {
+        let (entry, _) = self.directory.live(id)?;
+        match self.sessions.get(&session) {
+            Some(s) if matches!(s.role, Role::Guest { .. }) && !s.attached.contains(&id) => {
+                let name = show(&entry.name);
+                let text = format!("region {id} ({name}) is not attached; attach it first");
+                Err(failure(Errno::NOTCONN, text).into())
             }
             _ => Ok(()),
         }

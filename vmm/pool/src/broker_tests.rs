@@ -220,6 +220,7 @@ fn wild_ranges_are_refused() {
     let mut b = broker(64 * MIB);
     let s = guest(&mut b, "g", Policy::Rw);
     let id = make(&mut b, s, b"a", GIB, 4 * MIB);
+    region(b.handle(s, Request::Attach { id }));
     for (offset, len) in [
         (0, 0),
         (1, 4096),
@@ -387,11 +388,40 @@ fn readers_cannot_change_and_admins_cannot_attach() {
 }
 
 #[test]
+fn a_guest_changes_only_what_it_has_attached() {
+    let mut b = broker(64 * MIB);
+    let owner = guest(&mut b, "owner", Policy::Rw);
+    let other = guest(&mut b, "other", Policy::Private);
+    let id = make(&mut b, owner, b"a", GIB, 4 * MIB);
+    let (offset, len, prot) = (0, 4096, Prot::None);
+    let protect = Request::Protect {
+        id,
+        offset,
+        len,
+        prot,
+    };
+    let discard = Request::Discard { id, offset, len };
+    for request in [&protect, &discard] {
+        for s in [owner, other] {
+            let (got, message) = errno(b.handle(s, request.clone()));
+            assert_eq!(got, Errno::NOTCONN);
+            assert!(message.contains("'a'"), "{message}");
+        }
+    }
+    region(b.handle(other, Request::Attach { id }));
+    for request in [&protect, &discard] {
+        b.handle(other, request.clone()).result.unwrap();
+    }
+    b.handle(other, Request::Detach { id }).result.unwrap();
+    assert_eq!(errno(b.handle(other, protect)).0, Errno::NOTCONN);
+}
+
+#[test]
 fn only_private_guests_are_told_and_only_of_losses() {
     let mut b = broker(64 * MIB);
     let shared = guest(&mut b, "s", Policy::Rw);
     let private = guest(&mut b, "p", Policy::PrivateRo);
-    let other = guest(&mut b, "o", Policy::Private);
+    let other = b.connect(Role::Admin).unwrap();
     let id = make(&mut b, shared, b"a", GIB, 4 * MIB);
     region(b.handle(shared, Request::Attach { id }));
     region(b.handle(private, Request::Attach { id }));
@@ -444,6 +474,7 @@ fn discard_frees_and_stat_counts() {
     let s = guest(&mut b, "g", Policy::Rw);
     make(&mut b, s, b"other", GIB, 2 * MIB);
     let id = make(&mut b, s, b"a", 2 * GIB, 4 * MIB);
+    region(b.handle(s, Request::Attach { id }));
     let at = region(b.handle(s, Request::Stat { id })).data_off;
     assert_eq!(at, 2 * MIB);
     let files = b.files();
@@ -636,7 +667,7 @@ fn a_client_that_does_not_know_that_it_has_resumed_may_come_again() {
 fn a_right_is_not_gone_while_a_private_guest_has_not_resumed() {
     let (files, id, mark) = orphaned(Policy::Private);
     let mut b = Broker::recover(files, 100).unwrap();
-    let s = guest(&mut b, "other", Policy::Rw);
+    let s = b.connect(Role::Admin).unwrap();
     let protect = Request::Protect {
         id,
         offset: 0,

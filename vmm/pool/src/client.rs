@@ -306,8 +306,9 @@ impl Client {
     /// Sets the protection of a range for everybody.
     ///
     /// # Errors
-    /// EINVAL, ENOENT, EAGAIN (unsized), EROFS, ENOMEM, ETIMEDOUT (a guest may
-    /// still use what was taken away); as [`Client::call`].
+    /// EINVAL, ENOENT, EAGAIN (unsized), ENOTCONN (not attached), EROFS, ENOMEM,
+    /// ETIMEDOUT (a guest may still use what was taken away); as
+    /// [`Client::call`].
     pub fn protect(&self, id: u64, offset: u64, len: u64, prot: Prot) -> Result<(), Failure> {
         self.done(Request::Protect {
             id,
@@ -320,7 +321,8 @@ impl Client {
     /// Frees the memory of a range.
     ///
     /// # Errors
-    /// EINVAL, ENOENT, EAGAIN (unsized), EROFS; as [`Client::call`].
+    /// EINVAL, ENOENT, EAGAIN (unsized), ENOTCONN (not attached), EROFS; as
+    /// [`Client::call`].
     pub fn discard(&self, id: u64, offset: u64, len: u64) -> Result<(), Failure> {
         self.done(Request::Discard { id, offset, len })
     }

@@ -284,6 +284,8 @@ fn run(ops: &[Op], kill: Option<(usize, u64)>, huge_pages: bool) -> Run {
     };
     let mut broker = Broker::new(&config).unwrap();
     let session = broker.connect(guest()).unwrap();
+    // A guest would have to attach before it changes anything.
+    let admin = broker.connect(Role::Admin).unwrap();
     let mut run = Run {
         files: broker.files().try_clone().unwrap(),
         uuid: broker.geometry().uuid,
@@ -307,7 +309,11 @@ fn run(ops: &[Op], kill: Option<(usize, u64)>, huge_pages: bool) -> Run {
         };
         let start = crash::count();
         crash::arm(kill.filter(|k| k.0 == index).map(|k| k.1));
-        let handled = catch_unwind(AssertUnwindSafe(|| broker.handle(session, request)));
+        let by = match op {
+            Op::Protect(..) | Op::Discard(..) => admin,
+            _ => session,
+        };
+        let handled = catch_unwind(AssertUnwindSafe(|| broker.handle(by, request)));
         crash::arm(None);
         run.spent[index] = crash::count() - start;
         let Ok(answer) = handled else {
