@@ -89,7 +89,8 @@ pub enum Role {
         /// What the guest may do; the VMM holds it to that.
         policy: Policy,
     },
-    /// `vmm pool`: it attaches nothing.
+    /// `vmm pool`. While it has a region attached, the region's memory is not
+    /// given to another.
     Admin,
 }
 
@@ -197,7 +198,7 @@ pub enum Request {
         /// Bytes, 2 MiB multiple.
         len: u64,
     },
-    /// Attach (guests only, once per region).
+    /// Attach (once per region).
     Attach {
         /// Region.
         id: u64,

@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use mshare_protocol::broker::{Failure, PoolStat, Region, Role};
+use rustix::io::Errno;
 
 use crate::client::{Client, ClientError};
-use crate::failure::show;
+use crate::failure::{is, show};
 
 /// Bytes moved at a time.
 const CHUNK: usize = 1 << 20;
@@ -119,18 +120,51 @@ pub fn remove(client: &Client, name: &[u8]) -> Result<(), AdminError> {
     Ok(client.unlink(name, None)?)
 }
 
-/// The sized region `name`, if `offset` lies in it.
-fn sized(client: &Client, name: &[u8], offset: u64, len: u64) -> Result<Region, AdminError> {
-    let region = client.lookup(name)?;
-    if offset.checked_add(len).is_none_or(|end| end > region.len) {
-        return Err(AdminError::Range {
-            name: show(name),
-            size: region.len,
-            offset,
-            len,
-        });
+/// A region whose contents are read or written. It is attached meanwhile, so
+/// that its memory is not given to another if its name is removed.
+struct Pinned<'a> {
+    client: &'a Client,
+    region: Region,
+    /// Not attached by the caller for purposes of its own.
+    detach: bool,
+}
+
+impl<'a> Pinned<'a> {
+    /// Attaches `name`, if `len` bytes at `offset` lie in it.
+    fn new(client: &'a Client, name: &[u8], offset: u64, len: u64) -> Result<Self, AdminError> {
+        let region = client.lookup(name)?;
+        let (region, detach) = match client.attach(region.id) {
+            Ok(region) => (region, true),
+            Err(e) if is(&e, Errno::ALREADY) => (region, false),
+            Err(e) => return Err(e.into()),
+        };
+        let pinned = Self {
+            client,
+            region,
+            detach,
+        };
+        let size = pinned.region.len;
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(AdminError::Range {
+                name: show(name),
+                size,
+                offset,
+                len,
+            });
+        }
+        Ok(pinned)
     }
-    Ok(region)
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        if self.detach
+            && let Err(e) = self.client.detach(self.region.id)
+        {
+            // The end of the connection detaches too.
+            log::debug!("cannot detach region {}: {e}", self.region.id);
+        }
+    }
 }
 
 /// Writes all of `input` into a region from `offset` on, whatever protection
@@ -144,7 +178,8 @@ pub fn fill(
     offset: u64,
     input: &mut impl Read,
 ) -> Result<u64, AdminError> {
-    let region = sized(client, name, offset, 0)?;
+    let pinned = Pinned::new(client, name, offset, 0)?;
+    let region = &pinned.region;
     let mut buffer = vec![0; CHUNK];
     let mut written = 0;
     loop {
@@ -181,7 +216,8 @@ pub fn read(
     len: u64,
     output: &mut impl Write,
 ) -> Result<(), AdminError> {
-    let region = sized(client, name, offset, len)?;
+    let pinned = Pinned::new(client, name, offset, len)?;
+    let region = &pinned.region;
     let data = client.files().data();
     let mut buffer = vec![0; CHUNK];
     let mut done = 0;
@@ -196,7 +232,7 @@ pub fn read(
                 ));
             }
             Ok(got) => got,
-            Err(rustix::io::Errno::INTR) => continue,
+            Err(Errno::INTR) => continue,
             Err(e) => return Err(AdminError::Io("read the pool", e.into())),
         };
         output
@@ -217,7 +253,7 @@ fn write_at(fd: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> io::Result<()>
                 bytes = &bytes[n..];
                 at += n as u64;
             }
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
     }

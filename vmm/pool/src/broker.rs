@@ -450,9 +450,6 @@ impl Broker {
                 | Request::Unlink { .. }
         );
         match role {
-            Role::Admin if matches!(request, Request::Attach { .. }) => {
-                Err(failure(Errno::PERM, "an admin cannot attach; connect as a guest").into())
-            }
             Role::Guest { name, policy } if writes && !policy.writes() => {
                 let text =
                     format!("guest {name} may only read this pool (its policy is read-only)");
@@ -507,7 +504,7 @@ impl Broker {
         let name = show(&entry.name);
         let attached = self.sessions.get_mut(&session).map(|s| &mut s.attached);
         if !attached.is_some_and(|a| a.insert(id)) {
-            let text = format!("region {id} ({name}) is attached already; a guest attaches once");
+            let text = format!("region {id} ({name}) is attached already; attach once");
             return Err(failure(Errno::ALREADY, text).into());
         }
         self.note_attached(id);

@@ -290,7 +290,7 @@ impl Client {
     /// Attaches. Map the region's tables and data after it.
     ///
     /// # Errors
-    /// ENOENT, EAGAIN (unsized), EALREADY, EPERM (admin); as [`Client::call`].
+    /// ENOENT, EAGAIN (unsized), EALREADY; as [`Client::call`].
     pub fn attach(&self, id: u64) -> Result<Region, Failure> {
         self.region(Request::Attach { id })
     }

@@ -506,6 +506,49 @@ fn admin_orders() {
 }
 
 #[test]
+fn a_region_removed_while_it_is_filled_is_freed_after_the_fill() {
+    /// Has the region removed before it gives the second part.
+    struct Input<'a> {
+        parts: usize,
+        between: &'a dyn Fn(),
+    }
+
+    impl Read for Input<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+            self.parts += 1;
+            match self.parts {
+                1 => {}
+                2 => (self.between)(),
+                _ => return Ok(0),
+            }
+            buf.fill(7);
+            Ok(buf.len())
+        }
+    }
+
+    let pool = pool(64 * MIB);
+    let filling = admin::connect(&pool.path).unwrap();
+    let other = admin::connect(&pool.path).unwrap();
+    let old = admin::create(&other, b"old", 0o600, GIB, 4 * MIB).unwrap();
+    let mut input = Input {
+        parts: 0,
+        between: &|| {
+            admin::remove(&other, b"old").unwrap();
+            let new = admin::create(&other, b"new", 0o600, GIB, 4 * MIB).unwrap();
+            assert_ne!(new.data_off, old.data_off, "the old range is in use");
+            assert_eq!(other.pool_stat().unwrap().data_free, 56 * MIB);
+        },
+    };
+    assert_eq!(
+        admin::fill(&filling, b"old", 0, &mut input).unwrap(),
+        2 * MIB
+    );
+    assert_eq!(admin::stat(&other, b"new").unwrap().resident, 0);
+    let stat = other.pool_stat().unwrap();
+    assert_eq!((stat.data_free, stat.resident), (60 * MIB, 0));
+}
+
+#[test]
 fn an_admin_fails_when_the_broker_ends() {
     let mut pool = pool(2 * MIB);
     let client = admin::connect(&pool.path).unwrap();

@@ -93,7 +93,7 @@ impl Broker {
             ));
         }
         if role == Role::Admin && !resume.attached.is_empty() {
-            return Err(failure(Errno::PERM, "an admin attaches nothing"));
+            return Err(failure(Errno::PERM, "an admin does not resume"));
         }
         let mut stale = Vec::new();
         for &id in &resume.attached {
