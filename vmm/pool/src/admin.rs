@@ -56,7 +56,7 @@ pub fn connect(socket: &Path) -> Result<Client, AdminError> {
     Ok(Client::connect(socket, Role::Admin, |_, _| ())?)
 }
 
-/// All named regions, in order of id.
+/// All named regions, in order of id, with their resident bytes.
 ///
 /// # Errors
 /// [`AdminError::Failed`].
@@ -65,10 +65,21 @@ pub fn list(client: &Client) -> Result<Vec<Region>, AdminError> {
     loop {
         let page = client.list(all.last().map_or(0, |r| r.id + 1))?;
         if page.is_empty() {
-            return Ok(all);
+            break;
         }
         all.extend(page);
     }
+    let mut counted = Vec::with_capacity(all.len());
+    for region in all {
+        match client.stat(region.id) {
+            // Without a name if that was removed meanwhile.
+            Ok(region) if region.name.is_empty() => {}
+            Ok(region) => counted.push(region),
+            Err(e) if is(&e, Errno::NOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(counted)
 }
 
 /// A region by name, with its resident bytes.

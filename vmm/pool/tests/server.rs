@@ -492,6 +492,7 @@ fn admin_orders() {
     assert!(back == data);
     let stat = admin::stat(&client, b"r").unwrap();
     assert!(stat.resident >= 3_000_000 && stat.resident <= 3_000_000 + 3 * 4096);
+    assert_eq!(admin::list(&client).unwrap(), [stat]);
     for (offset, len) in [(4 * MIB + 1, 0), (4 * MIB, 1), (u64::MAX, 1), (1, u64::MAX)] {
         let error = admin::read(&client, b"r", offset, len, &mut back).unwrap_err();
         assert!(error.to_string().contains("do not fit in 'r'"), "{error}");
