@@ -249,6 +249,8 @@ pub enum Request {
     List {
         /// First id.
         from: u64,
+        /// Most regions in the answer; not zero.
+        max: u32,
     },
     /// Report on the whole pool.
     PoolStat,

@@ -63,7 +63,7 @@ pub fn connect(socket: &Path) -> Result<Client, AdminError> {
 pub fn list(client: &Client) -> Result<Vec<Region>, AdminError> {
     let mut all: Vec<Region> = Vec::new();
     loop {
-        let page = client.list(all.last().map_or(0, |r| r.id + 1))?;
+        let page = client.list(all.last().map_or(0, |r| r.id + 1), u32::MAX)?;
         if page.is_empty() {
             break;
         }

@@ -428,7 +428,7 @@ impl Broker {
                 Ok(Reply::Done)
             }
             Request::Stat { id } => Ok(self.report(self.directory.get(id)?)),
-            Request::List { from } => Ok(Reply::List(self.list(from))),
+            Request::List { from, max } => Ok(Reply::List(self.list(from, max))),
             Request::PoolStat => Ok(Reply::Pool(self.pool_stat())),
         }
     }
@@ -577,11 +577,12 @@ impl Broker {
         })
     }
 
-    fn list(&self, from: u64) -> Vec<Region> {
+    fn list(&self, from: u64, max: u32) -> Vec<Region> {
         let mut bytes = 0;
         self.directory
             .regions_from(from)
             .filter(|e| !e.name.is_empty())
+            .take(usize::try_from(max).unwrap_or(usize::MAX))
             .map(|e| self.region(e))
             .take_while(|r| {
                 let fits = bytes < LIST_BYTES;

@@ -553,9 +553,17 @@ fn lists_are_cut_and_complete() {
     for i in 0..4000 {
         region(b.handle(s, create(format!("{i:0>200}").as_bytes())));
     }
+    for max in [1, 8, 9] {
+        let Reply::List(page) = b.handle(s, Request::List { from: 3, max }).result.unwrap() else {
+            panic!()
+        };
+        let ids: Vec<u64> = page.iter().map(|r| r.id).collect();
+        assert_eq!(ids, (3..3 + u64::from(max)).collect::<Vec<u64>>());
+    }
     let (mut from, mut count, mut pages) = (0, 0, 0);
+    let max = u32::MAX;
     loop {
-        let Reply::List(page) = b.handle(s, Request::List { from }).result.unwrap() else {
+        let Reply::List(page) = b.handle(s, Request::List { from, max }).result.unwrap() else {
             panic!()
         };
         let Some(last) = page.last() else { break };

@@ -344,13 +344,13 @@ impl Client {
         self.region(Request::Stat { id })
     }
 
-    /// Lists named regions from id `from` on: some of them, in order of id;
-    /// none when the list has ended.
+    /// Lists named regions from id `from` on: some of them, at most `max` (not
+    /// zero), in order of id; none when the list has ended.
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn list(&self, from: u64) -> Result<Vec<Region>, Failure> {
-        match self.call(Request::List { from })? {
+    pub fn list(&self, from: u64, max: u32) -> Result<Vec<Region>, Failure> {
+        match self.call(Request::List { from, max })? {
             Reply::List(regions) => Ok(regions),
             other => Err(unexpected(&other)),
         }

@@ -435,7 +435,10 @@ fn misbehaviour_hurts_the_client_itself_only() {
     flood.set_nonblocking(true).unwrap();
     let ask = frame::encode(&ToBroker::Request {
         tag: 0,
-        request: Request::List { from: 0 },
+        request: Request::List {
+            from: 0,
+            max: u32::MAX,
+        },
     });
     let ask = ask.unwrap();
     let end = Instant::now() + Duration::from_millis(800);

@@ -272,7 +272,8 @@ impl Service {
         let mut list = Box::new(virtio_mshare_list::new_zeroed());
         let mut count = 0;
         while count < VIRTIO_MSHARE_LIST_MAX {
-            let regions = match self.client.list(from) {
+            let max = u32::try_from(VIRTIO_MSHARE_LIST_MAX - count).unwrap_or(u32::MAX);
+            let regions = match self.client.list(from, max) {
                 Ok(regions) => regions,
                 Err(failure) => return failed(errno(&failure)),
             };
