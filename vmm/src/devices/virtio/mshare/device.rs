@@ -11,7 +11,7 @@ use mshare_protocol::device::{
 };
 use zerocopy::IntoBytes;
 
-use super::service::{Service, Threads};
+use super::service::Service;
 use super::state::{Active, Shared};
 use crate::devices::virtio::{
     ActivateError, Activation, QUEUE_SIZE, ShmRegion, VirtioDevice, read_config_bytes,
@@ -30,6 +30,9 @@ pub enum Error {
         #[source]
         source: ClientError,
     },
+    /// No thread.
+    #[error("cannot start the threads of the mshare device")]
+    Threads(#[source] std::io::Error),
     /// The pool's window is out of this guest's reach.
     #[error(
         "the pool's window {start:#x}..{end:#x} does not fit this guest: its RAM ends at \
@@ -50,9 +53,8 @@ pub enum Error {
 /// The device.
 #[derive(Debug)]
 pub struct Mshare {
-    service: Service,
+    pub(super) service: Service,
     config: virtio_mshare_config,
-    threads: Option<Threads>,
 }
 
 impl Mshare {
@@ -114,15 +116,16 @@ impl Mshare {
                 phys_bits,
             });
         }
+        let service = Service {
+            shared,
+            client: Arc::new(client),
+            vm,
+            policy,
+        };
+        service.start().map_err(Error::Threads)?;
         Ok(Self {
-            service: Service {
-                shared,
-                client: Arc::new(client),
-                vm,
-                policy,
-            },
+            service,
             config: config(&geometry),
-            threads: None,
         })
     }
 
@@ -188,31 +191,27 @@ impl VirtioDevice for Mshare {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let queues = activation.take_queues()?;
-        let mut active = Active::new(activation.mem, activation.interrupt, queues);
+        let active = Active::new(activation.mem, activation.interrupt, queues);
         let understood = activation.features >> VIRTIO_MSHARE_F_HUGE & 1 != 0;
-        active.may_attach = understood || !self.huge_pages();
-        let threads =
-            Threads::start(&self.service, active, self.threads.take()).map_err(|source| {
-                ActivateError::Host {
-                    what: "threads for the mshare device",
-                    source,
-                }
-            })?;
-        self.threads = Some(threads);
-        Ok(())
+        let may_attach = understood || !self.huge_pages();
+        self.service
+            .shared
+            .activate(active, may_attach)
+            .map_err(|source| ActivateError::Host {
+                what: "doorbells for the mshare device",
+                source,
+            })
     }
 
     fn reset(&mut self) {
         self.service.shared.deactivate();
-        if let Some(threads) = &self.threads {
-            threads.stop();
-        }
     }
 }
 
 impl Drop for Mshare {
     fn drop(&mut self) {
         self.reset();
+        self.service.shared.end();
         // A thread that waits for a broker which never comes must not keep
         // the process.
         self.service.client.close();

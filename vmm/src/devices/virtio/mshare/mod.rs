@@ -11,9 +11,10 @@
 //!
 //! `mshare-ctrl` serves one request at a time and may wait for the broker;
 //! acknowledgements have a thread of their own, because the request that the
-//! first one waits for may need them. Both are started at DRIVER_OK and leave
-//! at reset; they hold the lock of the device's state only while they touch
-//! queues or memslots, never while they wait for the broker.
+//! first one waits for may need them. Both live as long as the device and wait
+//! for activations in between. They walk the queues, which a guest can make
+//! long, under one lock; `pool-client` takes another, under which the memslots
+//! are removed. No lock is held while a thread waits for the broker.
 //!
 //! The files: `request` reads what the driver wrote and checks it,
 //! `attachment` holds the memslots of one region, `state` is what the threads

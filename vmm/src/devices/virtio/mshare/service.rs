@@ -3,9 +3,9 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
-use mshare_pool::client::{Acker, Client};
+use mshare_pool::client::Client;
 use mshare_protocol::broker::{Failure, Policy, Region};
 use mshare_protocol::device::{
     VIRTIO_MSHARE_LIST_MAX, VIRTIO_MSHARE_NAME_LEN, virtio_mshare_ack, virtio_mshare_list,
@@ -20,7 +20,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::attachment::Attachment;
 use super::describe;
 use super::request::{Call, Errno, parse};
-use super::state::{Active, Shared, State};
+use super::state::{Active, Doorbells, Shared, current};
 use crate::devices::virtio::{Chain, QueueError};
 use crate::vstate::vm::Vm;
 
@@ -33,97 +33,69 @@ pub(super) struct Service {
     pub(super) policy: Policy,
 }
 
-/// The threads of one activation.
-#[derive(Debug)]
-pub(super) struct Threads {
-    stop: EventFd,
-    ctrl: JoinHandle<()>,
-    ack: JoinHandle<()>,
-}
-
-/// The doorbells of the queues, with the number of their activation.
-#[derive(Debug)]
-struct Doorbells {
-    generation: u64,
-    mem: GuestMemoryMmap,
-    ctrl: EventFd,
-    event: EventFd,
-    ack: EventFd,
-    stop: EventFd,
-}
-
 /// What is written into the device's part of a request.
 enum Answer {
     Resp(virtio_mshare_resp),
     List(Box<virtio_mshare_list>),
 }
 
-impl Threads {
-    /// Starts to serve `active`. `before` are the threads of the activation
-    /// before, which may still wait for the broker.
-    pub(super) fn start(
-        service: &Service,
-        active: Active,
-        before: Option<Self>,
-    ) -> std::io::Result<Self> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let bells = || {
-            Ok::<_, std::io::Error>(Doorbells {
-                generation: service.shared.lock().generation,
-                mem: active.mem.clone(),
-                ctrl: active.ctrl.notify_fd().try_clone()?,
-                event: active.event.notify_fd().try_clone()?,
-                ack: active.ack.notify_fd().try_clone()?,
-                stop: stop.try_clone()?,
-            })
-        };
-        let (ctrl_bells, ack_bells) = (bells()?, bells()?);
-        service.shared.lock().active = Some(active);
-        let ctrl_service = service.clone();
-        let ctrl = thread::Builder::new()
-            .name("mshare-ctrl".to_owned())
-            .spawn(move || {
-                // Detaches of the activation before go out before anything of
-                // this one.
-                if let Some(before) = before {
-                    before.join();
-                }
-                ctrl_service.serve_ctrl(&ctrl_bells);
-            })?;
-        let ack_service = service.clone();
-        let ack = thread::Builder::new()
-            .name("mshare-ack".to_owned())
-            .spawn(move || ack_service.serve_events(&ack_bells))?;
-        Ok(Self { stop, ctrl, ack })
-    }
-
-    /// Tells the threads to leave; they may still wait for the broker.
-    pub(super) fn stop(&self) {
-        if let Err(error) = self.stop.write(1) {
-            log::error!("cannot stop the threads of the mshare device: {error}");
-        }
-    }
-
-    fn join(self) {
-        for thread in [self.ctrl, self.ack] {
-            if thread.join().is_err() {
-                log::error!("a thread of the mshare device panicked");
-            }
-        }
-    }
-}
-
 impl Service {
-    fn serve_ctrl(&self, bells: &Doorbells) {
-        while wait(&[&bells.ctrl], &bells.stop) {
-            let _ = bells.ctrl.read();
-            if let Err(error) = self.serve_requests(bells) {
-                self.give_up(bells, &error);
+    /// Starts the two threads. They wait for activations until the device
+    /// ends, and are not joined: one that waits for a broker which never comes
+    /// must not keep the process.
+    pub(super) fn start(&self) -> std::io::Result<()> {
+        let service = self.clone();
+        thread::Builder::new()
+            .name("mshare-ctrl".to_owned())
+            .spawn(move || service.serve_ctrl())?;
+        let service = self.clone();
+        let started = thread::Builder::new()
+            .name("mshare-ack".to_owned())
+            .spawn(move || service.serve_events());
+        if started.is_err() {
+            self.shared.end();
+        }
+        started.map(drop)
+    }
+
+    fn serve_ctrl(&self) {
+        let mut last = 0;
+        while let Some(bells) = self.shared.next_activation(last) {
+            last = bells.generation;
+            self.attend(&bells, &[&bells.ctrl], || self.serve_requests(&bells));
+            // Before anything of the next activation.
+            let gone = std::mem::take(&mut self.shared.lock().to_detach);
+            for id in gone {
+                self.tell_detached(id);
             }
         }
-        let gone = std::mem::take(&mut self.shared.lock().to_detach);
-        for id in gone {
-            self.tell_detached(id);
+    }
+
+    fn serve_events(&self) {
+        let mut last = 0;
+        while let Some(bells) = self.shared.next_activation(last) {
+            last = bells.generation;
+            let rings = [&bells.event, &bells.ack];
+            self.attend(&bells, &rings, || self.serve_driver(&bells));
+        }
+    }
+
+    /// Calls `serve` whenever one of `rings` does, to the end of the
+    /// activation. A broken queue is not looked at again.
+    fn attend(
+        &self,
+        bells: &Doorbells,
+        mut rings: &[&EventFd],
+        serve: impl Fn() -> Result<(), QueueError>,
+    ) {
+        while wait(rings, &bells.stop) {
+            for ring in rings {
+                let _ = ring.read();
+            }
+            if let Err(error) = serve() {
+                self.give_up(bells, &error);
+                rings = &[];
+            }
         }
     }
 
@@ -131,8 +103,8 @@ impl Service {
     fn serve_requests(&self, bells: &Doorbells) -> Result<(), QueueError> {
         loop {
             while self.serve_one(bells)? {}
-            let mut state = self.shared.lock();
-            let Some(active) = current(&mut state, bells) else {
+            let mut queues = self.shared.queues();
+            let Some(active) = current(&mut queues, bells) else {
                 return Ok(());
             };
             if !active.ctrl.enable_notify(&bells.mem)? {
@@ -143,8 +115,8 @@ impl Service {
 
     /// Serves the next request; false if there is none.
     fn serve_one(&self, bells: &Doorbells) -> Result<bool, QueueError> {
-        let mut state = self.shared.lock();
-        let Some(active) = current(&mut state, bells) else {
+        let mut queues = self.shared.queues();
+        let Some(active) = current(&mut queues, bells) else {
             return Ok(false);
         };
         let Some(chain) = active.ctrl.pop(&bells.mem)? else {
@@ -152,19 +124,19 @@ impl Service {
         };
         let head = chain.head_index();
         let request = read_request(&chain, &bells.mem);
-        drop(state);
+        drop(queues);
 
         // No lock here: the broker may need this guest's acknowledgement.
         let answer = match request {
             Ok(request) => match parse(&request, self.policy) {
-                Ok(call) => self.execute(call, bells.generation),
+                Ok(call) => self.execute(call, bells),
                 Err(errno) => failed(errno),
             },
             Err(errno) => failed(errno),
         };
 
-        let mut state = self.shared.lock();
-        let Some(active) = current(&mut state, bells) else {
+        let mut queues = self.shared.queues();
+        let Some(active) = current(&mut queues, bells) else {
             return Ok(false);
         };
         let len = write_answer(&chain, &bells.mem, &answer);
@@ -175,7 +147,7 @@ impl Service {
         Ok(true)
     }
 
-    fn execute(&self, call: Call, generation: u64) -> Answer {
+    fn execute(&self, call: Call, bells: &Doorbells) -> Answer {
         let region = |result: Result<Region, Failure>| match result {
             Ok(region) => self.region(&region),
             Err(failure) => failed(errno(&failure)),
@@ -193,7 +165,7 @@ impl Service {
                 gid,
             } => region(self.client.create(&name, mode, uid, gid)),
             Call::Size { id, start, len } => region(self.client.size(id, start, len)),
-            Call::Attach { id } => match self.attach(id, generation) {
+            Call::Attach { id } => match self.attach(id, bells) {
                 Ok(attached) => self.region(&attached),
                 Err(errno) => failed(errno),
             },
@@ -229,17 +201,15 @@ impl Service {
         })
     }
 
-    fn attach(&self, id: u64, generation: u64) -> Result<Region, Errno> {
-        let state = self.shared.lock();
-        let revocations = state.revocations;
-        if state.active.as_ref().is_some_and(|a| !a.may_attach) {
+    fn attach(&self, id: u64, bells: &Doorbells) -> Result<Region, Errno> {
+        if !bells.may_attach {
             log::error!(
                 "region {id} is not attached: the pool has huge pages, and the guest's \
                  driver does not understand them"
             );
             return Err(Errno(libc::EOPNOTSUPP));
         }
-        drop(state);
+        let revocations = self.shared.lock().revocations;
         let region = self.client.attach(id).map_err(|f| errno(&f))?;
         let shown = Attachment::new(
             &self.vm,
@@ -257,7 +227,7 @@ impl Service {
             }
         };
         let mut state = self.shared.lock();
-        if state.generation == generation && state.revocations == revocations {
+        if state.generation == bells.generation && state.revocations == revocations {
             state.attached.insert(id, attachment);
             return Ok(region);
         }
@@ -298,40 +268,70 @@ impl Service {
         }
     }
 
-    fn serve_events(&self, bells: &Doorbells) {
+    /// Tells the driver of events and takes its acknowledgements.
+    fn serve_driver(&self, bells: &Doorbells) -> Result<(), QueueError> {
+        let mut queues = self.shared.queues();
+        let Some(active) = current(&mut queues, bells) else {
+            return Ok(());
+        };
+        let mut acked = Vec::new();
+        let served = self
+            .shared
+            .deliver(active)
+            .and_then(|()| self.take_acks(active, &mut acked));
+        // A broker that is slow to read keeps this thread only.
+        drop(queues);
         let acker = self.client.acker();
-        while wait(&[&bells.event, &bells.ack], &bells.stop) {
-            let _ = bells.event.read();
-            let _ = bells.ack.read();
-            let mut state = self.shared.lock();
-            let Some(active) = current(&mut state, bells) else {
-                continue;
+        for seq in acked {
+            acker.ack(seq);
+        }
+        served
+    }
+
+    /// Takes acknowledgements, at most as many as the queue is long; then the
+    /// queue's bell rings again.
+    fn take_acks(&self, active: &mut Active, acked: &mut Vec<u64>) -> Result<(), QueueError> {
+        let (mem, queue) = (&active.mem, &mut active.ack);
+        let mut used = false;
+        for budget in (0..=queue.size()).rev() {
+            if budget == 0 {
+                queue.notify_self();
+                break;
+            }
+            let Some(chain) = queue.pop(mem)? else {
+                if queue.enable_notify(mem)? {
+                    continue;
+                }
+                break;
             };
-            let served = active
-                .deliver()
-                .and_then(|()| take_acks(active, bells, &acker));
-            drop(state);
-            if let Err(error) = served {
-                self.give_up(bells, &error);
+            let head = chain.head_index();
+            let mut bytes = [0; size_of::<virtio_mshare_ack>()];
+            let read = chain
+                .reader(mem)
+                .map_err(std::io::Error::other)
+                .and_then(|mut reader| reader.read_exact(&mut bytes));
+            queue.add_used(mem, head, 0)?;
+            used = true;
+            let seq = u64::from_le_bytes(bytes);
+            if read.is_ok() && self.shared.acknowledge(seq) {
+                acked.push(seq);
             }
         }
+        if used && queue.needs_interrupt(mem)? {
+            active.interrupt.signal_used();
+        }
+        Ok(())
     }
 
+    /// Ends the service of an activation whose driver broke a queue.
     fn give_up(&self, bells: &Doorbells, error: &QueueError) {
-        let mut state = self.shared.lock();
-        if let Some(active) = current(&mut state, bells) {
+        let mut queues = self.shared.queues();
+        if let Some(active) = current(&mut queues, bells) {
             log::warn!("the mshare driver broke a queue: {}", chain(error));
             active.interrupt.fail();
+            *queues = None;
         }
     }
-}
-
-/// The activation that `bells` belong to, if it has not ended.
-fn current<'s>(state: &'s mut State, bells: &Doorbells) -> Option<&'s mut Active> {
-    if state.generation != bells.generation {
-        return None;
-    }
-    state.active.as_mut()
 }
 
 /// Waits for a doorbell; false when told to stop.
@@ -381,35 +381,6 @@ fn write_answer(chain: &Chain<'_>, mem: &GuestMemoryMmap, answer: &Answer) -> u3
         return 0;
     }
     u32::try_from(bytes.len()).unwrap_or(0)
-}
-
-fn take_acks(active: &mut Active, bells: &Doorbells, acker: &Acker) -> Result<(), QueueError> {
-    let mut used = false;
-    loop {
-        while let Some(chain) = active.ack.pop(&bells.mem)? {
-            let head = chain.head_index();
-            let mut bytes = [0; size_of::<virtio_mshare_ack>()];
-            let read = chain
-                .reader(&bells.mem)
-                .map_err(std::io::Error::other)
-                .and_then(|mut reader| reader.read_exact(&mut bytes));
-            active.ack.add_used(&bells.mem, head, 0)?;
-            used = true;
-            if read.is_ok() {
-                let seq = u64::from_le_bytes(bytes);
-                if active.acknowledge(seq) {
-                    acker.ack(seq);
-                }
-            }
-        }
-        if !active.ack.enable_notify(&bells.mem)? {
-            break;
-        }
-    }
-    if used && active.ack.needs_interrupt(&bells.mem)? {
-        active.interrupt.signal_used();
-    }
-    Ok(())
 }
 
 fn failed(errno: Errno) -> Answer {

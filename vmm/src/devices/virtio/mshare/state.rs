@@ -1,13 +1,20 @@
-//! What the threads of the device share, under one lock.
+//! What the threads of the device share, under two locks.
+//!
+//! `queues` is held while a queue is walked, which a guest can make long by
+//! refilling it. `state` is not: it is all that the `pool-client` thread takes,
+//! so that no guest can keep its memslots from being removed. Who needs both
+//! takes `queues` first.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use mshare_pool::client::Acker;
 use mshare_protocol::device::{
     VIRTIO_MSHARE_E_INVALIDATE, VIRTIO_MSHARE_E_REVOKED, virtio_mshare_event,
 };
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
 use super::attachment::Attachment;
@@ -17,19 +24,15 @@ use crate::devices::virtio::{Interrupt, QueueError, VirtQueue};
 /// the pool's patience (the broker's limit) long before this many.
 const MAX_WAITING: usize = 4096;
 
-/// One activation, from DRIVER_OK to reset.
+/// The queues of one activation, from DRIVER_OK to reset.
 #[derive(Debug)]
 pub(super) struct Active {
+    generation: u64,
     pub(super) mem: GuestMemoryMmap,
     pub(super) interrupt: Arc<Interrupt>,
     pub(super) ctrl: VirtQueue,
     pub(super) event: VirtQueue,
     pub(super) ack: VirtQueue,
-    /// Whether the driver understands the entries of this pool.
-    pub(super) may_attach: bool,
-    waiting: VecDeque<virtio_mshare_event>,
-    /// Events that the driver was told and has not acknowledged.
-    unacked: BTreeSet<u64>,
 }
 
 impl Active {
@@ -39,72 +42,42 @@ impl Active {
         [ctrl, event, ack]: [VirtQueue; 3],
     ) -> Self {
         Self {
+            generation: 0,
             mem,
             interrupt,
             ctrl,
             event,
             ack,
-            may_attach: true,
-            waiting: VecDeque::new(),
-            unacked: BTreeSet::new(),
         }
     }
+}
 
-    /// Gives waiting events to the driver while it has buffers for them.
-    pub(super) fn deliver(&mut self) -> Result<(), QueueError> {
-        let mut delivered = false;
-        while let Some(event) = self.waiting.front() {
-            let Some(chain) = self.event.pop(&self.mem)? else {
-                // The driver is to ring when it has buffers again.
-                if self.event.enable_notify(&self.mem)? {
-                    continue;
-                }
-                break;
-            };
-            let head = chain.head_index();
-            let written = chain
-                .writer(&self.mem)
-                .map_err(std::io::Error::other)
-                .and_then(|mut writer| {
-                    use std::io::Write;
-                    writer.write_all(event.as_bytes())
-                });
-            match written {
-                Ok(()) => {
-                    let len = u32::try_from(size_of::<virtio_mshare_event>()).unwrap_or(0);
-                    self.event.add_used(&self.mem, head, len)?;
-                    self.waiting.pop_front();
-                }
-                // A buffer that is too small for an event goes back unused.
-                Err(_) => self.event.add_used(&self.mem, head, 0)?,
-            }
-            delivered = true;
-        }
-        if delivered && self.event.needs_interrupt(&self.mem)? {
-            self.interrupt.signal_used();
-        }
-        Ok(())
-    }
+/// The doorbells of one activation.
+#[derive(Debug)]
+pub(super) struct Doorbells {
+    /// Which activation.
+    pub(super) generation: u64,
+    pub(super) mem: GuestMemoryMmap,
+    /// Whether the driver understands the entries of this pool.
+    pub(super) may_attach: bool,
+    pub(super) ctrl: EventFd,
+    pub(super) event: EventFd,
+    pub(super) ack: EventFd,
+    /// Rings once, when the activation ends.
+    pub(super) stop: EventFd,
+}
 
-    /// Queues an event; false if the driver has let too many pile up.
-    fn post(&mut self, event: virtio_mshare_event) -> bool {
-        if self.waiting.len() >= MAX_WAITING {
-            return false;
-        }
-        if event.seq.get() != 0 {
-            self.unacked.insert(event.seq.get());
-        }
-        self.waiting.push_back(event);
-        if let Err(error) = self.deliver() {
-            log::warn!("the mshare driver broke its event queue: {error}");
-            self.interrupt.fail();
-        }
-        true
-    }
-
-    /// Takes an acknowledgement; whether the driver owed it.
-    pub(super) fn acknowledge(&mut self, seq: u64) -> bool {
-        self.unacked.remove(&seq)
+impl Doorbells {
+    fn of(active: &Active, may_attach: bool) -> io::Result<Self> {
+        Ok(Self {
+            generation: active.generation,
+            mem: active.mem.clone(),
+            may_attach,
+            ctrl: active.ctrl.notify_fd().try_clone()?,
+            event: active.event.notify_fd().try_clone()?,
+            ack: active.ack.notify_fd().try_clone()?,
+            stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
     }
 }
 
@@ -114,75 +87,211 @@ pub(super) struct State {
     /// Counts activations and resets; work begun under another number must
     /// not touch the queues.
     pub(super) generation: u64,
-    pub(super) active: Option<Active>,
+    /// The doorbells of the present activation.
+    pub(super) bells: Option<Arc<Doorbells>>,
     /// Regions the guest sees. Dropping an entry removes its memslots.
     pub(super) attached: BTreeMap<u64, Attachment>,
     /// Counts the times that the broker gave this guest up.
     pub(super) revocations: u64,
     /// Regions whose memslots are gone but of which the broker was not told.
     pub(super) to_detach: Vec<u64>,
+    /// Events that the driver has not been told.
+    waiting: VecDeque<virtio_mshare_event>,
+    /// Events, told or not, that the driver has not acknowledged.
+    unacked: BTreeSet<u64>,
+    /// The device is gone.
+    ended: bool,
+}
+
+impl State {
+    /// Has `mshare-ack` tell the driver of an event; false without a driver.
+    fn post(&mut self, event: virtio_mshare_event) -> bool {
+        let Some(bells) = &self.bells else {
+            return false;
+        };
+        if event.seq.get() != 0 {
+            self.unacked.insert(event.seq.get());
+        }
+        self.waiting.push_back(event);
+        ring(&bells.event);
+        true
+    }
 }
 
 /// A state that several threads share.
 #[derive(Debug, Default)]
-pub(super) struct Shared(Mutex<State>);
+pub(super) struct Shared {
+    queues: Mutex<Option<Active>>,
+    state: Mutex<State>,
+    /// An activation began, or the device ended.
+    changed: Condvar,
+}
 
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The queues; `None` inside while no driver has set them up.
+    pub(super) fn queues(&self) -> MutexGuard<'_, Option<Active>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins an activation. On an error nothing has changed.
+    pub(super) fn activate(&self, mut active: Active, may_attach: bool) -> io::Result<()> {
+        let mut queues = self.queues();
+        let mut state = self.lock();
+        active.generation = state.generation + 1;
+        state.bells = Some(Arc::new(Doorbells::of(&active, may_attach)?));
+        state.generation = active.generation;
+        *queues = Some(active);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Ends an activation: no thread touches its queues once this returns.
+    pub(super) fn deactivate(&self) {
+        *self.queues() = None;
+        let mut state = self.lock();
+        state.generation += 1;
+        state.waiting.clear();
+        state.unacked.clear();
+        let gone = std::mem::take(&mut state.attached);
+        state.to_detach.extend(gone.keys());
+        if let Some(bells) = state.bells.take() {
+            ring(&bells.stop);
+        }
+    }
+
+    /// Ends the device.
+    pub(super) fn end(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for an activation younger than `last`; `None` at the device's end.
+    pub(super) fn next_activation(&self, last: u64) -> Option<Arc<Doorbells>> {
+        let mut state = self.lock();
+        loop {
+            match &state.bells {
+                _ if state.ended => return None,
+                Some(bells) if bells.generation > last => return Some(Arc::clone(bells)),
+                _ => {}
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// The broker took rights in a range away: the driver is to drop what it
     /// derived from the old entries. With nothing attached there is nothing.
     pub(super) fn invalidate(&self, id: u64, offset: u64, len: u64, seq: u64, acker: &Acker) {
         let mut state = self.lock();
-        let State {
-            active, attached, ..
-        } = &mut *state;
-        let posted = match active {
-            Some(active) if attached.contains_key(&id) => active.post(virtio_mshare_event {
-                r#type: VIRTIO_MSHARE_E_INVALIDATE.into(),
-                id: id.into(),
-                offset: offset.into(),
-                len: len.into(),
-                seq: seq.into(),
-                ..Default::default()
-            }),
-            // Without an acknowledgement the broker would give the guest up.
-            _ => false,
-        };
-        let nothing_to_drop = !posted && !attached.contains_key(&id);
-        drop(state);
-        if nothing_to_drop {
-            acker.ack(seq);
+        if state.attached.contains_key(&id) {
+            // Without an acknowledgement the broker will give the guest up.
+            if state.waiting.len() < MAX_WAITING {
+                state.post(virtio_mshare_event {
+                    r#type: VIRTIO_MSHARE_E_INVALIDATE.into(),
+                    id: id.into(),
+                    offset: offset.into(),
+                    len: len.into(),
+                    seq: seq.into(),
+                    ..Default::default()
+                });
+            }
+            return;
         }
+        drop(state);
+        acker.ack(seq);
     }
 
     /// The broker has given this guest up: it must see no region any more.
     pub(super) fn revoke_all(&self) {
         let mut state = self.lock();
-        let State {
-            active, attached, ..
-        } = &mut *state;
-        for id in attached.keys() {
-            if let Some(active) = active {
-                active.post(virtio_mshare_event {
-                    r#type: VIRTIO_MSHARE_E_REVOKED.into(),
-                    id: (*id).into(),
-                    ..Default::default()
-                });
-            }
-        }
-        attached.clear();
+        // The memslots first: nothing that the guest does can keep them.
+        let gone: Vec<_> = std::mem::take(&mut state.attached).into_keys().collect();
         state.revocations += 1;
+        // What else there was to tell is about these regions.
+        state.waiting.retain(is_revocation);
+        state.unacked.clear();
+        for id in gone {
+            state.post(virtio_mshare_event {
+                r#type: VIRTIO_MSHARE_E_REVOKED.into(),
+                id: id.into(),
+                ..Default::default()
+            });
+        }
     }
 
-    /// Ends an activation: no thread touches its queues once this returns.
-    pub(super) fn deactivate(&self) {
-        let mut state = self.lock();
-        state.generation += 1;
-        state.active = None;
-        let gone = std::mem::take(&mut state.attached);
-        state.to_detach.extend(gone.keys());
+    /// Gives waiting events to the driver while it has buffers for them, at
+    /// most as many as the queue is long; then the queue's bell rings again.
+    pub(super) fn deliver(&self, active: &mut Active) -> Result<(), QueueError> {
+        let (mem, queue) = (&active.mem, &mut active.event);
+        let mut delivered = false;
+        let mut budget = queue.size();
+        while !self.lock().waiting.is_empty() {
+            if budget == 0 {
+                queue.notify_self();
+                break;
+            }
+            budget -= 1;
+            let Some(chain) = queue.pop(mem)? else {
+                // The driver is to ring when it has buffers again.
+                if queue.enable_notify(mem)? {
+                    continue;
+                }
+                break;
+            };
+            let head = chain.head_index();
+            let size = size_of::<virtio_mshare_event>();
+            let writer = chain.writer(mem).ok();
+            let Some(mut writer) = writer.filter(|w| w.available_bytes() >= size) else {
+                // A buffer that is too small for an event goes back unused.
+                queue.add_used(mem, head, 0)?;
+                delivered = true;
+                continue;
+            };
+            let Some(event) = self.lock().waiting.pop_front() else {
+                queue.undo_pop();
+                break;
+            };
+            let len = match writer.write_all(event.as_bytes()) {
+                Ok(()) => u32::try_from(size).unwrap_or(0),
+                Err(_) => 0,
+            };
+            queue.add_used(mem, head, len)?;
+            delivered = true;
+        }
+        if delivered && queue.needs_interrupt(mem)? {
+            active.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// Takes an acknowledgement; whether the driver owed it.
+    pub(super) fn acknowledge(&self, seq: u64) -> bool {
+        self.lock().unacked.remove(&seq)
+    }
+}
+
+/// The activation that `bells` belong to, if it has not ended or broken.
+pub(super) fn current<'q>(
+    queues: &'q mut Option<Active>,
+    bells: &Doorbells,
+) -> Option<&'q mut Active> {
+    queues
+        .as_mut()
+        .filter(|active| active.generation == bells.generation)
+}
+
+fn is_revocation(event: &virtio_mshare_event) -> bool {
+    event.r#type.get() == VIRTIO_MSHARE_E_REVOKED
+}
+
+fn ring(bell: &EventFd) {
+    if let Err(error) = bell.write(1) {
+        log::error!("cannot wake a thread of the mshare device: {error}");
     }
 }

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,7 @@ struct Pool {
     admin: Client,
     socket: PathBuf,
     vm: Arc<Vm>,
-    _server: Server,
+    server: Option<Server>,
     _dir: tempfile::TempDir,
 }
 
@@ -57,7 +58,7 @@ impl Pool {
             admin: admin::connect(&socket).unwrap(),
             socket,
             vm,
-            _server: server,
+            server: Some(server),
             _dir: dir,
         }
     }
@@ -313,9 +314,6 @@ fn private_guest_is_told_and_its_acknowledgement_ends_the_wait() {
     let mut guest = pool.guest(Policy::Private);
     let id = region(&mut guest, b"r");
     ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
-    let event = len_of::<virtio_mshare_event>();
-    guest.queues[1].push(&[(RESP + 0x1000, event, WRITE)]);
-    guest.notify(1);
     let asked = {
         let admin = admin::connect(&pool.socket).unwrap();
         thread::spawn(move || {
@@ -323,13 +321,7 @@ fn private_guest_is_told_and_its_acknowledgement_ends_the_wait() {
             admin.protect(id, 0, 4096, prot)
         })
     };
-    assert_eq!(used(&mut guest, 1).1, event);
-    let mut bytes = [0; size_of::<virtio_mshare_event>()];
-    guest
-        .mem
-        .read_slice(&mut bytes, GuestAddress(RESP + 0x1000))
-        .unwrap();
-    let told = virtio_mshare_event::read_from_bytes(&bytes).unwrap();
+    let told = event(&mut guest);
     assert_eq!(told.r#type.get(), VIRTIO_MSHARE_E_INVALIDATE);
     assert_eq!(
         (told.id.get(), told.offset.get(), told.len.get()),
@@ -346,6 +338,107 @@ fn private_guest_is_told_and_its_acknowledgement_ends_the_wait() {
     assert_eq!(pool.vm.memslots(), 2);
 }
 
+/// Waits for the next event; buffers must be there.
+fn event(guest: &mut Guest) -> virtio_mshare_event {
+    let at = RESP + 0x1000;
+    let len = len_of::<virtio_mshare_event>();
+    guest.queues[1].push(&[(at, len, WRITE)]);
+    guest.notify(1);
+    assert_eq!(used(guest, 1).1, len);
+    let bytes = guest.get(at, size_of::<virtio_mshare_event>());
+    virtio_mshare_event::read_from_bytes(&bytes).unwrap()
+}
+
+/// A vCPU that makes one chain of a queue available again and again.
+struct Refill {
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Refill {
+    fn start(guest: &Guest, index: usize, chain: Desc) -> Self {
+        let queue = &guest.queues[index];
+        queue.write_desc(queue.desc(), 0, chain);
+        let (mem, avail, used) = (guest.mem.clone(), queue.avail() + 2, queue.used() + 2);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let used: u16 = mem.read_obj(GuestAddress(used)).unwrap();
+                mem.write_obj(used.wrapping_add(QSIZE), GuestAddress(avail))
+                    .unwrap();
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Refill {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+#[test]
+fn guest_that_refills_its_queues_without_end_loses_its_memslots() {
+    for (queue, chain) in [
+        (1, (RESP, 4, WRITE, 0)), // too short for an event
+        (2, (RESP, len_of::<virtio_mshare_ack>(), 0, 0)),
+    ] {
+        let pool = Pool::new();
+        let mut guest = pool.guest(Policy::Private);
+        let id = region(&mut guest, b"r");
+        ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+        let refill = Refill::start(&guest, queue, chain);
+        guest.notify(u32::try_from(queue).unwrap());
+        let admin = admin::connect(&pool.socket).unwrap();
+        thread::spawn(move || {
+            let prot = mshare_protocol::entry::Prot::Read;
+            let _ = admin.protect(id, 0, 4096, prot);
+        });
+        let begun = Instant::now();
+        while pool.vm.memslots() != 0 {
+            assert!(begun.elapsed() < Duration::from_secs(10), "queue {queue}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        drop(refill);
+    }
+}
+
+#[test]
+fn resets_while_the_broker_hangs_add_no_threads_and_no_descriptors() {
+    let mut pool = Pool::new();
+    let device = pool.join(Policy::Rw, true).unwrap();
+    let shared = Arc::clone(&device.service.shared);
+    let mut guest = Guest::new(|_| device);
+    guest.boot(0);
+    ok(&mut guest, &named(VIRTIO_MSHARE_T_CREATE, b"r"));
+    drop(pool.server.take());
+    let holders = Arc::strong_count(&shared);
+    let mut activations = Vec::new();
+    for _ in 0..20 {
+        guest.write(0x70, 0);
+        guest.boot(0);
+        guest.put(REQ, about(VIRTIO_MSHARE_T_STAT, 1).as_bytes());
+        let (out, back) = (
+            len_of::<virtio_mshare_req>(),
+            len_of::<virtio_mshare_resp>(),
+        );
+        guest.queues[0].push(&[(REQ, out, 0), (RESP, back, WRITE)]);
+        guest.notify(0);
+        activations.push(Arc::downgrade(shared.lock().bells.as_ref().unwrap()));
+        let alive = activations.iter().filter(|a| a.strong_count() > 0).count();
+        // Those of now, and those each of the two threads has not left yet.
+        assert!(alive <= 3, "doorbells of {alive} activations are open");
+        assert_eq!(Arc::strong_count(&shared), holders);
+    }
+    assert!(guest.queues[0].pop_used().is_none(), "nobody has answered");
+}
+
 #[test]
 fn private_guest_that_stays_silent_loses_its_memslots() {
     let pool = Pool::new();
@@ -358,6 +451,12 @@ fn private_guest_that_stays_silent_loses_its_memslots() {
         pool.vm.memslots(),
         0,
         "the guest can still use what was revoked"
+    );
+    // Nothing that it did not take comes before this.
+    let told = event(&mut guest);
+    assert_eq!(
+        (told.r#type.get(), told.id.get(), told.seq.get()),
+        (VIRTIO_MSHARE_E_REVOKED, id, 0)
     );
     // It may attach again.
     ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
