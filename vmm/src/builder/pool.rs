@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use super::{Builder, Error};
 use crate::arch::{cpuid, layout};
-use crate::devices::virtio::mshare::Mshare;
+use crate::devices::virtio::mshare::{Guest, Mshare};
 use crate::doctor;
 
 impl Builder {
@@ -19,14 +19,14 @@ impl Builder {
         let ram_end = layout::ram_ranges(self.config.memory.0)
             .last()
             .map_or(0, |(base, len)| base + len);
-        let device = Mshare::join(
-            Arc::clone(&self.vm),
-            &pool.socket,
+        let guest = Guest {
+            vm: Arc::clone(&self.vm),
+            exit: self.exit.clone(),
             name,
-            pool.policy,
-            tables,
-            (ram_end, phys_bits),
-        )?;
+            ram_end,
+            phys_bits,
+        };
+        let device = Mshare::join(guest, &pool.socket, pool.policy, tables)?;
         if device.policy() != pool.policy {
             eprintln!(
                 "vmm: this host cannot share page tables (`vmm doctor` says why): {name} attaches \

@@ -228,6 +228,13 @@ impl Vm {
         slots.len()
     }
 
+    /// The slots in use, for a test that takes one away behind their owner.
+    #[cfg(test)]
+    pub(crate) fn slot_ids(&self) -> Vec<SlotId> {
+        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.keys().copied().collect()
+    }
+
     /// Creates the vCPU `id`.
     ///
     /// # Errors

@@ -45,9 +45,29 @@ pub enum AttachError {
         #[source]
         source: VmError,
     },
+    /// The driver was reset, or the broker gave the guest up, since it asked.
+    #[error("region {id} is not attached: its driver was reset or cut off meanwhile")]
+    Overtaken {
+        /// Region.
+        id: u64,
+    },
+    /// Half of it was shown, and stays.
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
 }
 
-/// A region that the guest sees: two memslots, removed when dropped.
+/// A region that the guest can still reach although it was to be taken away.
+/// The broker must not hear that it is detached: it would give the memory to
+/// another region.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot take region {id} of the pool away from the guest, which must end for it")]
+pub struct RemoveError {
+    id: u64,
+    #[source]
+    source: VmError,
+}
+
+/// A region that the guest sees: two memslots, until [`Attachment::remove`].
 ///
 /// ```text
 /// guest-physical   link_gpa .. + table_len      data_gpa .. + len
@@ -56,6 +76,7 @@ pub enum AttachError {
 /// ```
 #[derive(Debug)]
 pub(super) struct Attachment {
+    id: u64,
     vm: Arc<Vm>,
     slots: Vec<SlotId>,
 }
@@ -101,6 +122,7 @@ impl Attachment {
             map(files.data(), region.data_off, region.len, data_access)?
         };
         let mut attachment = Self {
+            id,
             vm: Arc::clone(vm),
             slots: Vec::with_capacity(2),
         };
@@ -110,22 +132,29 @@ impl Attachment {
             (table_gpa, tables, table_access),
             (data_gpa, data, data_access),
         ] {
-            let slot = vm
-                .add_memslot(gpa, Arc::new(mapping), access)
-                .map_err(|source| AttachError::Slot { id, source })?;
-            attachment.slots.push(slot);
+            match vm.add_memslot(gpa, Arc::new(mapping), access) {
+                Ok(slot) => attachment.slots.push(slot),
+                Err(source) => {
+                    attachment.remove()?;
+                    return Err(AttachError::Slot { id, source });
+                }
+            }
         }
         Ok(attachment)
     }
-}
 
-impl Drop for Attachment {
-    fn drop(&mut self) {
-        for slot in self.slots.drain(..) {
-            if let Err(error) = self.vm.remove_memslot(slot) {
-                log::error!("cannot remove a memslot of the pool: {error}");
+    /// Removes the memslots; those that KVM does not remove are kept.
+    pub(super) fn remove(&mut self) -> Result<(), RemoveError> {
+        let (id, mut result) = (self.id, Ok(()));
+        self.slots.retain(|slot| {
+            let removed = self.vm.remove_memslot(*slot);
+            let stays = removed.is_err();
+            if let Err(source) = removed {
+                result = Err(RemoveError { id, source });
             }
-        }
+            stays
+        });
+        result
     }
 }
 

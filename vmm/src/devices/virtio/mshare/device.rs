@@ -16,6 +16,7 @@ use super::state::{Active, Shared};
 use crate::devices::virtio::{
     ActivateError, Activation, QUEUE_SIZE, ShmRegion, VirtioDevice, read_config_bytes,
 };
+use crate::exit::Exit;
 use crate::vstate::vm::Vm;
 
 /// Why the device could not be made.
@@ -50,6 +51,21 @@ pub enum Error {
     },
 }
 
+/// What the device has to know about its guest.
+#[derive(Debug)]
+pub struct Guest<'a> {
+    /// Where memslots are added.
+    pub vm: Arc<Vm>,
+    /// Where the run is ended if one cannot be removed.
+    pub exit: Exit,
+    /// How the broker calls it.
+    pub name: &'a str,
+    /// First address behind its RAM.
+    pub ram_end: u64,
+    /// Bits of a guest-physical address.
+    pub phys_bits: u8,
+}
+
 /// The device.
 #[derive(Debug)]
 pub struct Mshare {
@@ -58,7 +74,7 @@ pub struct Mshare {
 }
 
 impl Mshare {
-    /// Joins the pool whose broker listens at `path`, as the guest `name`.
+    /// Lets `guest` join the pool whose broker listens at `path`.
     ///
     /// `tables` says whether this host can share page tables; without that,
     /// `policy` is reduced to private tables.
@@ -66,23 +82,24 @@ impl Mshare {
     /// # Errors
     ///
     /// The broker does not answer, or refuses, or its window does not fit a
-    /// guest whose RAM ends at `ram_end` and whose addresses have `phys_bits`.
+    /// guest like this.
     pub fn join(
-        vm: Arc<Vm>,
+        guest: Guest<'_>,
         path: &Path,
-        name: &str,
         policy: Policy,
         tables: bool,
-        (ram_end, phys_bits): (u64, u8),
     ) -> Result<Self, Error> {
+        let Guest {
+            ram_end, phys_bits, ..
+        } = guest;
         let policy = if tables {
             policy
         } else {
             without_tables(policy)
         };
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new(guest.exit));
         let role = Role::Guest {
-            name: name.to_owned(),
+            name: guest.name.to_owned(),
             policy,
         };
         let events = Arc::clone(&shared);
@@ -119,7 +136,7 @@ impl Mshare {
         let service = Service {
             shared,
             client: Arc::new(client),
-            vm,
+            vm: guest.vm,
             policy,
         };
         service.start().map_err(Error::Threads)?;

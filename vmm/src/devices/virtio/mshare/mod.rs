@@ -14,7 +14,7 @@
 //! first one waits for may need them. Both live as long as the device and wait
 //! for activations in between. They walk the queues, which a guest can make
 //! long, under one lock; `pool-client` takes another, under which the memslots
-//! are removed. No lock is held while a thread waits for the broker.
+//! are added and removed. No lock is held while a thread waits for the broker.
 //!
 //! The files: `request` reads what the driver wrote and checks it,
 //! `attachment` holds the memslots of one region, `state` is what the threads
@@ -28,7 +28,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Error, Mshare};
+pub use device::{Error, Guest, Mshare};
 
 use mshare_protocol::broker::{Geometry, Policy, Region};
 use mshare_protocol::device::{

@@ -17,7 +17,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::attachment::Attachment;
+use super::attachment::{AttachError, Attachment};
 use super::describe;
 use super::request::{Call, Errno, parse};
 use super::state::{Active, Doorbells, Shared, current};
@@ -172,13 +172,10 @@ impl Service {
             Call::Detach { id } => {
                 // The memslots go first: once the broker knows, the memory may
                 // belong to another region.
-                let gone = self.shared.lock().attached.remove(&id);
-                match gone {
-                    Some(gone) => {
-                        drop(gone);
-                        done(self.client.detach(id))
-                    }
-                    None => failed(Errno(libc::ENOTCONN)),
+                match self.shared.detach(id) {
+                    Ok(true) => done(self.client.detach(id)),
+                    Ok(false) => failed(Errno(libc::ENOTCONN)),
+                    Err(_) => failed(Errno(libc::EIO)),
                 }
             }
             Call::Protect {
@@ -211,31 +208,24 @@ impl Service {
         }
         let revocations = self.shared.lock().revocations;
         let region = self.client.attach(id).map_err(|f| errno(&f))?;
-        let shown = Attachment::new(
-            &self.vm,
-            self.client.files(),
-            self.client.geometry(),
-            self.policy,
-            &region,
-        );
-        let attachment = match shown {
-            Ok(attachment) => attachment,
+        let shown = self.shared.attach(id, bells, revocations, || {
+            let (files, geometry) = (self.client.files(), self.client.geometry());
+            Attachment::new(&self.vm, files, geometry, self.policy, &region)
+        });
+        match shown {
+            Ok(()) => Ok(region),
+            // The run ends; until then the broker must believe in it.
+            Err(AttachError::Remove(_)) => Err(Errno(libc::EIO)),
+            Err(AttachError::Overtaken { .. }) => {
+                self.tell_detached(id);
+                Err(Errno(libc::EIO))
+            }
             Err(error) => {
                 log::error!("{}", chain(&error));
                 self.tell_detached(id);
-                return Err(Errno(libc::ENOMEM));
+                Err(Errno(libc::ENOMEM))
             }
-        };
-        let mut state = self.shared.lock();
-        if state.generation == bells.generation && state.revocations == revocations {
-            state.attached.insert(id, attachment);
-            return Ok(region);
         }
-        // The driver was reset or the broker gave the guest up meanwhile.
-        drop(state);
-        drop(attachment);
-        self.tell_detached(id);
-        Err(Errno(libc::EIO))
     }
 
     fn list(&self, mut from: u64) -> Answer {

@@ -13,12 +13,14 @@ use mshare_pool::client::Acker;
 use mshare_protocol::device::{
     VIRTIO_MSHARE_E_INVALIDATE, VIRTIO_MSHARE_E_REVOKED, virtio_mshare_event,
 };
+use mshare_protocol::report::chain;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
-use super::attachment::Attachment;
+use super::attachment::{AttachError, Attachment, RemoveError};
 use crate::devices::virtio::{Interrupt, QueueError, VirtQueue};
+use crate::exit::{Exit, GuestExit};
 
 /// Events that wait for a buffer. A driver that does not return buffers loses
 /// the pool's patience (the broker's limit) long before this many.
@@ -89,7 +91,8 @@ pub(super) struct State {
     pub(super) generation: u64,
     /// The doorbells of the present activation.
     pub(super) bells: Option<Arc<Doorbells>>,
-    /// Regions the guest sees. Dropping an entry removes its memslots.
+    /// Regions the guest sees. An entry has its memslots, and a memslot its
+    /// entry, whenever the lock is free.
     pub(super) attached: BTreeMap<u64, Attachment>,
     /// Counts the times that the broker gave this guest up.
     pub(super) revocations: u64,
@@ -99,7 +102,9 @@ pub(super) struct State {
     waiting: VecDeque<virtio_mshare_event>,
     /// Events, told or not, that the driver has not acknowledged.
     unacked: BTreeSet<u64>,
-    /// The device is gone.
+    /// KVM has not removed a memslot, for which the run ends.
+    stuck: bool,
+    /// The device is gone, and no vCPU runs any more.
     ended: bool,
 }
 
@@ -119,8 +124,9 @@ impl State {
 }
 
 /// A state that several threads share.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Shared {
+    exit: Exit,
     queues: Mutex<Option<Active>>,
     state: Mutex<State>,
     /// An activation began, or the device ended.
@@ -128,6 +134,17 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// A state before any activation. The run ends through `exit` if the guest
+    /// keeps a region that it must not have.
+    pub(super) fn new(exit: Exit) -> Self {
+        Self {
+            exit,
+            queues: Mutex::default(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -156,14 +173,80 @@ impl Shared {
         state.generation += 1;
         state.waiting.clear();
         state.unacked.clear();
-        let gone = std::mem::take(&mut state.attached);
-        state.to_detach.extend(gone.keys());
+        let gone = self.remove_all(&mut state);
+        state.to_detach.extend(gone);
         if let Some(bells) = state.bells.take() {
             ring(&bells.stop);
         }
     }
 
-    /// Ends the device.
+    /// Shows region `id` to the guest by `show`, unless the driver's activation
+    /// has ended or the guest was given up since `revocations` was read.
+    pub(super) fn attach(
+        &self,
+        id: u64,
+        bells: &Doorbells,
+        revocations: u64,
+        show: impl FnOnce() -> Result<Attachment, AttachError>,
+    ) -> Result<(), AttachError> {
+        let mut state = self.lock();
+        if state.generation != bells.generation || state.revocations != revocations {
+            return Err(AttachError::Overtaken { id });
+        }
+        let attachment = show().inspect_err(|error| {
+            if let AttachError::Remove(error) = error {
+                self.fail(&mut state, error);
+            }
+        })?;
+        // The driver knows that an earlier attachment is gone.
+        state
+            .waiting
+            .retain(|event| !(is_revocation(event) && event.id.get() == id));
+        state.attached.insert(id, attachment);
+        Ok(())
+    }
+
+    /// Takes region `id` away from the guest; false if it does not have it.
+    pub(super) fn detach(&self, id: u64) -> Result<bool, RemoveError> {
+        let mut state = self.lock();
+        let Some(attachment) = state.attached.get_mut(&id) else {
+            return Ok(false);
+        };
+        let removed = attachment.remove();
+        match &removed {
+            Ok(()) => drop(state.attached.remove(&id)),
+            Err(error) => self.fail(&mut state, error),
+        }
+        removed.map(|()| true)
+    }
+
+    /// Takes all regions away from the guest; returns those it has no more.
+    fn remove_all(&self, state: &mut State) -> Vec<u64> {
+        let (mut gone, mut failed) = (Vec::new(), None);
+        state
+            .attached
+            .retain(|id, attachment| match attachment.remove() {
+                Ok(()) => {
+                    gone.push(*id);
+                    false
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    true
+                }
+            });
+        if let Some(error) = failed {
+            self.fail(state, &error);
+        }
+        gone
+    }
+
+    fn fail(&self, state: &mut State, error: &RemoveError) {
+        state.stuck = true;
+        self.exit.report(GuestExit::VmmFailed(chain(error)));
+    }
+
+    /// Ends the device. No vCPU may run any more.
     pub(super) fn end(&self) {
         self.lock().ended = true;
         self.changed.notify_all();
@@ -178,11 +261,14 @@ impl Shared {
                 Some(bells) if bells.generation > last => return Some(Arc::clone(bells)),
                 _ => {}
             }
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state);
         }
+    }
+
+    fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The broker took rights in a range away: the driver is to drop what it
@@ -207,11 +293,12 @@ impl Shared {
         acker.ack(seq);
     }
 
-    /// The broker has given this guest up: it must see no region any more.
+    /// The broker has given this guest up: it sees no region any more when this
+    /// returns, by when the broker may use the memory for others.
     pub(super) fn revoke_all(&self) {
         let mut state = self.lock();
         // The memslots first: nothing that the guest does can keep them.
-        let gone: Vec<_> = std::mem::take(&mut state.attached).into_keys().collect();
+        let gone = self.remove_all(&mut state);
         state.revocations += 1;
         // What else there was to tell is about these regions.
         state.waiting.retain(is_revocation);
@@ -222,6 +309,9 @@ impl Shared {
                 id: id.into(),
                 ..Default::default()
             });
+        }
+        while state.stuck && !state.ended {
+            state = self.wait(state);
         }
     }
 
@@ -237,16 +327,16 @@ impl Shared {
                 break;
             }
             budget -= 1;
-            let Some(chain) = queue.pop(mem)? else {
+            let Some(buffer) = queue.pop(mem)? else {
                 // The driver is to ring when it has buffers again.
                 if queue.enable_notify(mem)? {
                     continue;
                 }
                 break;
             };
-            let head = chain.head_index();
+            let head = buffer.head_index();
             let size = size_of::<virtio_mshare_event>();
-            let writer = chain.writer(mem).ok();
+            let writer = buffer.writer(mem).ok();
             let Some(mut writer) = writer.filter(|w| w.available_bytes() >= size) else {
                 // A buffer that is too small for an event goes back unused.
                 queue.add_used(mem, head, 0)?;

@@ -2,8 +2,8 @@
 //! whatever it likes.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,12 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use super::attachment::{AttachError, Attachment};
+use super::state::Shared;
 use super::{Error, Mshare};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::test_utils::*;
+use crate::exit::{Exit, GuestExit};
 use crate::vstate::vm::Vm;
 
 const START: u64 = 0x1000_0000_0000;
@@ -37,6 +40,7 @@ struct Pool {
     admin: Client,
     socket: PathBuf,
     vm: Arc<Vm>,
+    exit: Exit,
     server: Option<Server>,
     _dir: tempfile::TempDir,
 }
@@ -58,21 +62,24 @@ impl Pool {
             admin: admin::connect(&socket).unwrap(),
             socket,
             vm,
+            exit: Exit::new().unwrap(),
             server: Some(server),
             _dir: dir,
         }
     }
 
     fn join(&self, policy: Policy, tables: bool) -> Result<Mshare, Error> {
-        let place = (1 << 30, 48);
-        Mshare::join(
-            Arc::clone(&self.vm),
-            &self.socket,
-            "g",
-            policy,
-            tables,
-            place,
-        )
+        Mshare::join(self.place(1 << 30, 48), &self.socket, policy, tables)
+    }
+
+    fn place(&self, ram_end: u64, phys_bits: u8) -> super::Guest<'static> {
+        super::Guest {
+            vm: Arc::clone(&self.vm),
+            exit: self.exit.clone(),
+            name: "g",
+            ram_end,
+            phys_bits,
+        }
     }
 
     fn guest(&self, policy: Policy) -> Guest {
@@ -183,9 +190,9 @@ fn features_and_configuration_follow_policy_and_geometry() {
 #[test]
 fn window_out_of_reach_is_refused() {
     let pool = Pool::new();
-    for place in [(1 << 40, 48), (1 << 30, 36)] {
-        let vm = Arc::clone(&pool.vm);
-        let error = Mshare::join(vm, &pool.socket, "g", Policy::Rw, true, place).unwrap_err();
+    for (ram_end, phys_bits) in [(1 << 40, 48), (1 << 30, 36)] {
+        let place = pool.place(ram_end, phys_bits);
+        let error = Mshare::join(place, &pool.socket, Policy::Rw, true).unwrap_err();
         assert!(matches!(error, Error::Window { .. }), "{error}");
     }
 }
@@ -259,6 +266,90 @@ fn end_of_the_device_detaches_at_the_broker() {
         assert!(begun.elapsed() < Duration::from_secs(10));
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// A guest with one attached region, and the state of its device.
+fn attached(pool: &Pool, policy: Policy) -> (Guest, Arc<Shared>, u64) {
+    let device = pool.join(policy, true).unwrap();
+    let shared = Arc::clone(&device.service.shared);
+    let mut guest = Guest::new(|_| device);
+    guest.boot(0);
+    let id = region(&mut guest, b"r");
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    (guest, shared, id)
+}
+
+/// Makes the removal of the next memslot fail, as it does when the host's
+/// kernel has no memory.
+fn steal_a_memslot(pool: &Pool) {
+    let slot = pool.vm.slot_ids()[0];
+    pool.vm.remove_memslot(slot).unwrap();
+}
+
+fn vmm_failed(pool: &Pool) -> bool {
+    matches!(pool.exit.reported(), Some(GuestExit::VmmFailed(why)) if why.contains("region"))
+}
+
+#[test]
+fn region_whose_memslot_stays_is_not_detached_and_ends_the_run() {
+    let pool = Pool::new();
+    let (mut guest, _, id) = attached(&pool, Policy::Rw);
+    steal_a_memslot(&pool);
+    let refused = call(&mut guest, &about(VIRTIO_MSHARE_T_DETACH, id));
+    assert_eq!(refused.status.get(), libc::EIO.unsigned_abs());
+    assert!(vmm_failed(&pool), "{:?}", pool.exit.reported());
+    // Nor by a reset.
+    guest.write(0x70, 0);
+    guest.boot(0);
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_STAT, id));
+    assert_eq!(pool.attached(b"r"), 1, "the broker was told");
+}
+
+#[test]
+fn revocation_waits_for_the_end_of_the_run_if_a_memslot_stays() {
+    let pool = Pool::new();
+    let (guest, shared, _) = attached(&pool, Policy::Rw);
+    steal_a_memslot(&pool);
+    let revoking = thread::spawn(move || shared.revoke_all());
+    let begun = Instant::now();
+    while !vmm_failed(&pool) {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(!revoking.is_finished(), "the broker may use the memory");
+    drop(guest);
+    revoking.join().unwrap();
+}
+
+#[test]
+fn revocation_during_an_attach_leaves_no_memslot() {
+    let pool = Pool::new();
+    let (mut guest, shared, id) = attached(&pool, Policy::Rw);
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_DETACH, id));
+    let bells = Arc::clone(shared.lock().bells.as_ref().unwrap());
+    let region = pool.admin.stat(id).unwrap();
+    let revoking = Mutex::new(None);
+    let show = || {
+        let client = &pool.admin;
+        let (files, geometry) = (client.files(), client.geometry());
+        let shown = Attachment::new(&pool.vm, files, geometry, Policy::Rw, &region);
+        let (shared, vm) = (Arc::clone(&shared), Arc::clone(&pool.vm));
+        let (begun, begins) = std::sync::mpsc::channel();
+        let thread = thread::spawn(move || {
+            begun.send(()).unwrap();
+            shared.revoke_all();
+            vm.memslots()
+        });
+        begins.recv().unwrap();
+        *revoking.lock().unwrap() = Some(thread);
+        shown
+    };
+    shared.attach(id, &bells, 0, show).unwrap();
+    let left = revoking.into_inner().unwrap().unwrap().join().unwrap();
+    assert_eq!(left, 0, "memslots when the broker may use the memory");
+    // What was asked before a revocation is not done after it.
+    let late = shared.attach(id, &bells, 0, || panic!("memslots are added"));
+    assert!(matches!(late, Err(AttachError::Overtaken { .. })));
 }
 
 #[test]
