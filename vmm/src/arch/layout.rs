@@ -98,6 +98,10 @@ pub const fn mmio_gsi(slot: u32) -> u32 {
     MMIO_FIRST_GSI + slot
 }
 
+/// Where no memory may be shown to a guest: from the first virtio-mmio
+/// transport over the APICs and KVM's own pages to 4 GiB.
+pub const DEVICES: std::ops::Range<u64> = MMIO_DEVICES..HIGH_RAM;
+
 /// The ranges of RAM of a guest with `bytes` of memory, as (address, length).
 pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
     if bytes <= LOW_RAM_MAX {
@@ -131,9 +135,19 @@ mod tests {
     }
 
     #[test]
-    fn last_transport_is_below_the_io_apic() {
+    fn devices_lie_in_their_range_and_transports_below_the_io_apic() {
         let last = MAX_MMIO_DEVICES - 1;
         assert!(mmio_base(last) + MMIO_DEVICE_LEN <= IOAPIC);
         assert!(mmio_gsi(last) < IOAPIC_PINS);
+        for place in [
+            mmio_base(0),
+            mmio_base(last),
+            IOAPIC,
+            LAPIC,
+            IDENTITY_MAP,
+            TSS,
+        ] {
+            assert!(DEVICES.contains(&place), "{place:#x}");
+        }
     }
 }

@@ -13,6 +13,7 @@ use zerocopy::IntoBytes;
 
 use super::service::Service;
 use super::state::{Active, Shared};
+use crate::arch::layout::DEVICES;
 use crate::devices::virtio::{
     ActivateError, Activation, QUEUE_SIZE, ShmRegion, VirtioDevice, read_config_bytes,
 };
@@ -49,6 +50,38 @@ pub enum Error {
         /// Bits of a guest-physical address.
         phys_bits: u8,
     },
+    /// The pool's window lies over the guest's devices.
+    #[error(
+        "the pool's window {start:#x}..{end:#x} lies over the devices that every guest has at \
+         {from:#x}..{above:#x}; make the pool with a window from {above:#x} on",
+        from = DEVICES.start, above = DEVICES.end
+    )]
+    Devices {
+        /// First guest-physical address.
+        start: u64,
+        /// First address behind it.
+        end: u64,
+    },
+}
+
+/// Checks that a window fits a guest whose RAM ends at `ram_end` and whose
+/// addresses have `phys_bits`.
+fn check_window(geometry: &Geometry, ram_end: u64, phys_bits: u8) -> Result<(), Error> {
+    let start = geometry.window_gpa;
+    let end = start.saturating_add(geometry.window_len());
+    let limit = 1_u64.checked_shl(phys_bits.into()).unwrap_or(u64::MAX);
+    if start < ram_end || end > limit {
+        return Err(Error::Window {
+            start,
+            end,
+            ram_end,
+            phys_bits,
+        });
+    }
+    if start < DEVICES.end && end > DEVICES.start {
+        return Err(Error::Devices { start, end });
+    }
+    Ok(())
 }
 
 /// What the device has to know about its guest.
@@ -89,9 +122,6 @@ impl Mshare {
         policy: Policy,
         tables: bool,
     ) -> Result<Self, Error> {
-        let Guest {
-            ram_end, phys_bits, ..
-        } = guest;
         let policy = if tables {
             policy
         } else {
@@ -122,17 +152,7 @@ impl Mshare {
             source,
         })?;
         let geometry = *client.geometry();
-        let start = geometry.window_gpa;
-        let end = start.saturating_add(geometry.window_len());
-        let limit = 1_u64.checked_shl(phys_bits.into()).unwrap_or(u64::MAX);
-        if start < ram_end || end > limit {
-            return Err(Error::Window {
-                start,
-                end,
-                ram_end,
-                phys_bits,
-            });
-        }
+        check_window(&geometry, guest.ram_end, guest.phys_bits)?;
         let service = Service {
             shared,
             client: Arc::new(client),

@@ -198,6 +198,27 @@ fn window_out_of_reach_is_refused() {
 }
 
 #[test]
+fn window_over_devices_is_refused() {
+    let window = |window_gpa, size| PoolConfig {
+        window_gpa,
+        ..PoolConfig::new(size)
+    };
+    for (start, size) in [(0x8000_0000, 2 << 30), (0xc000_0000, 64 << 20)] {
+        let pool = Pool::with(&window(start, size));
+        let error = pool.join(Policy::Rw, true).unwrap_err();
+        assert!(matches!(error, Error::Devices { .. }), "{error}");
+        let said = error.to_string();
+        for place in ["0xd0000000..0x100000000", "from 0x100000000 on"] {
+            assert!(said.contains(place), "{said}");
+        }
+    }
+    for start in [0x8000_0000, 1 << 32] {
+        let beside = Pool::with(&window(start, 64 << 20));
+        beside.join(Policy::Rw, true).unwrap();
+    }
+}
+
+#[test]
 fn attach_adds_two_memslots_and_detach_removes_them() {
     let pool = Pool::new();
     let mut guest = pool.guest(Policy::Rw);
