@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint};
 
 pub mod bus;
+pub mod complaints;
 pub mod console;
 pub mod ioapic;
 pub mod power;

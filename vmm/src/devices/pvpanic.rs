@@ -2,6 +2,7 @@
 //! `CONFIG_PVPANIC` writes when it panics.
 
 use super::bus::PioDevice;
+use super::complaints::Complaints;
 use crate::exit::{Exit, GuestExit};
 
 /// The guest panicked.
@@ -13,12 +14,16 @@ const CRASH_LOADED: u8 = 1 << 1;
 #[derive(Debug)]
 pub struct PvPanic {
     exit: Exit,
+    complaints: Complaints,
 }
 
 impl PvPanic {
     /// A notifier that reports to `exit`.
     pub fn new(exit: Exit) -> Self {
-        Self { exit }
+        Self {
+            exit,
+            complaints: Complaints::default(),
+        }
     }
 }
 
@@ -34,9 +39,9 @@ impl PioDevice for PvPanic {
     fn write(&mut self, _offset: u16, data: &[u8]) {
         match data.first() {
             Some(events) if events & PANICKED != 0 => self.exit.report(GuestExit::Panicked),
-            Some(events) if events & CRASH_LOADED != 0 => {
-                log::warn!("the guest panicked; its crash kernel goes on");
-            }
+            Some(events) if events & CRASH_LOADED != 0 => self
+                .complaints
+                .warn(format_args!("the guest panicked; its crash kernel goes on")),
             _ => {}
         }
     }
@@ -53,7 +58,9 @@ mod tests {
         device.write(0, &[CRASH_LOADED]);
         device.write(0, &[0]);
         device.write(0, &[]);
-        assert_eq!(exit.reported(), None);
+        assert_eq!((exit.reported(), device.complaints.lines()), (None, 1));
+        (0..100).for_each(|_| device.write(0, &[CRASH_LOADED]));
+        assert_eq!(device.complaints.lines(), 16);
         device.write(0, &[PANICKED]);
         assert_eq!(exit.reported(), Some(GuestExit::Panicked));
     }

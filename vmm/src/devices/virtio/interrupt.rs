@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::complaints::Complaints;
+
 /// The interrupt line of one device, and the part of its state that a handler
 /// on another thread changes.
 #[derive(Debug)]
@@ -16,6 +18,7 @@ pub struct Interrupt {
     generation: AtomicU32,
     /// NEEDS_RESET bit of the Status register.
     broken: AtomicBool,
+    complaints: Complaints,
     /// KVM injects the line's interrupt when this is written.
     irq: Arc<EventFd>,
 }
@@ -27,6 +30,7 @@ impl Interrupt {
             status: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             broken: AtomicBool::new(false),
+            complaints: Complaints::default(),
             irq,
         }
     }
@@ -48,6 +52,11 @@ impl Interrupt {
     pub fn fail(&self) {
         self.set_broken();
         self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// Warnings about this device; their limit lasts over resets.
+    pub fn complaints(&self) -> &Complaints {
+        &self.complaints
     }
 
     /// Whether NEEDS_RESET is set.

@@ -145,7 +145,9 @@ pub fn give_up<'q>(
     queues: impl IntoIterator<Item = &'q VirtQueue>,
 ) {
     let cause = std::error::Error::source(error).map_or_else(String::new, |c| format!(": {c}"));
-    log::warn!("{device}: the guest broke a queue and must reset the device: {error}{cause}");
+    interrupt.complaints().warn(format_args!(
+        "{device}: the guest broke a queue and must reset the device: {error}{cause}"
+    ));
     interrupt.fail();
     for queue in queues {
         unwatch(ops, queue);

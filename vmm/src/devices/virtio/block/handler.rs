@@ -36,8 +36,9 @@ impl BlockHandler {
 
     fn serve_queue(&mut self) -> Result<(), QueueError> {
         self.queue.clear_notify();
+        let complaints = self.interrupt.complaints();
         self.queue.serve_all(&self.mem, &self.interrupt, |chain| {
-            self.server.serve(&self.disk, &self.mem, chain)
+            self.server.serve(&self.disk, &self.mem, chain, complaints)
         })
     }
 }

@@ -14,6 +14,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::SECTOR;
 use super::disk::{Disk, ID_LEN};
+use crate::devices::complaints::Complaints;
 use crate::devices::virtio::Chain;
 
 /// Data is moved between the disk and guest memory in pieces of this size.
@@ -84,7 +85,13 @@ impl Server {
 
     /// Serves the request in `chain` and writes its status; returns the number
     /// of bytes written. A chain that has no place for a status gets none.
-    pub(super) fn serve(&mut self, disk: &Disk, mem: &GuestMemoryMmap, chain: Chain<'_>) -> u32 {
+    pub(super) fn serve(
+        &mut self,
+        disk: &Disk,
+        mem: &GuestMemoryMmap,
+        chain: Chain<'_>,
+        complaints: &Complaints,
+    ) -> u32 {
         let (Ok(mut reader), Ok(mut data)) = (chain.clone().reader(mem), chain.writer(mem)) else {
             return 0;
         };
@@ -101,7 +108,9 @@ impl Server {
             Err(error) => error.status(),
         };
         match &result {
-            Err(Error::Host(error)) => log::warn!("block: the host's file failed: {error}"),
+            Err(Error::Host(error)) => {
+                complaints.warn(format_args!("block: the host's file failed: {error}"));
+            }
             Err(error) => log::debug!("block: a request failed: {error}"),
             Ok(()) => {}
         }

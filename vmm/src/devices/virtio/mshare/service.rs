@@ -200,10 +200,10 @@ impl Service {
 
     fn attach(&self, id: u64, bells: &Doorbells) -> Result<Region, Errno> {
         if !bells.may_attach {
-            log::error!(
+            bells.interrupt.complaints().warn(format_args!(
                 "region {id} is not attached: the pool has huge pages, and the guest's \
                  driver does not understand them"
-            );
+            ));
             return Err(Errno(libc::EOPNOTSUPP));
         }
         let revocations = self.shared.lock().revocations;
@@ -221,7 +221,8 @@ impl Service {
                 Err(Errno(libc::EIO))
             }
             Err(error) => {
-                log::error!("{}", chain(&error));
+                let complaints = bells.interrupt.complaints();
+                complaints.warn(format_args!("{}", chain(&error)));
                 self.tell_detached(id);
                 Err(Errno(libc::ENOMEM))
             }
@@ -317,7 +318,10 @@ impl Service {
     fn give_up(&self, bells: &Doorbells, error: &QueueError) {
         let mut queues = self.shared.queues();
         if let Some(active) = current(&mut queues, bells) {
-            log::warn!("the mshare driver broke a queue: {}", chain(error));
+            active.interrupt.complaints().warn(format_args!(
+                "the mshare driver broke a queue: {}",
+                chain(error)
+            ));
             active.interrupt.fail();
             *queues = None;
         }

@@ -54,12 +54,13 @@ impl Active {
     }
 }
 
-/// The doorbells of one activation.
+/// The doorbells of one activation, and what is needed without its queues.
 #[derive(Debug)]
 pub(super) struct Doorbells {
     /// Which activation.
     pub(super) generation: u64,
     pub(super) mem: GuestMemoryMmap,
+    pub(super) interrupt: Arc<Interrupt>,
     /// Whether the driver understands the entries of this pool.
     pub(super) may_attach: bool,
     pub(super) ctrl: EventFd,
@@ -74,6 +75,7 @@ impl Doorbells {
         Ok(Self {
             generation: active.generation,
             mem: active.mem.clone(),
+            interrupt: Arc::clone(&active.interrupt),
             may_attach,
             ctrl: active.ctrl.notify_fd().try_clone()?,
             event: active.event.notify_fd().try_clone()?,

@@ -608,6 +608,42 @@ fn bad_chains_fail_by_themselves() {
 }
 
 #[test]
+fn broken_queue_is_told_of_once_and_not_looked_at_again() {
+    let pool = Pool::new();
+    let device = pool.join(Policy::Rw, true).unwrap();
+    let shared = Arc::clone(&device.service.shared);
+    let mut guest = Guest::new(|_| device);
+    for round in 1..=20 {
+        guest.write(0x70, 0);
+        guest.boot(0);
+        guest.interrupts();
+        // All three queues rest once one is broken.
+        let queue = round % 3;
+        guest.queues[usize::try_from(queue).unwrap()].set_avail(0x8000);
+        if queue == 1 {
+            // The event queue is looked at when there is something to tell.
+            guest.queues[2].set_avail(0x8000);
+            guest.notify(2);
+        }
+        guest.notify(queue);
+        let begun = Instant::now();
+        while !guest.needs_reset() {
+            assert!(begun.elapsed() < Duration::from_secs(10));
+            thread::sleep(Duration::from_millis(1));
+        }
+        for _ in 0..5 {
+            (0..3).for_each(|queue| guest.notify(queue));
+            thread::sleep(Duration::from_millis(1));
+        }
+        let interrupts = guest.interrupts();
+        assert!(interrupts <= 1, "{interrupts} interrupts for one mistake");
+        let bells = Arc::clone(shared.lock().bells.as_ref().unwrap());
+        let lines = bells.interrupt.complaints().lines();
+        assert_eq!(lines, round.min(16), "warnings after {round} broken queues");
+    }
+}
+
+#[test]
 fn chain_that_loops_ends() {
     let pool = Pool::new();
     let mut guest = pool.guest(Policy::Rw);

@@ -7,6 +7,7 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::GuestMemoryMmap;
 
+use crate::devices::complaints::Complaints;
 use crate::devices::virtio::{
     ActivateError, Activation, Chain, Interrupt, QueueError, VirtQueue, give_up, watch,
 };
@@ -35,14 +36,16 @@ impl RngHandler {
 
     pub(super) fn serve_queue(&mut self) -> Result<(), QueueError> {
         self.queue.clear_notify();
-        self.queue
-            .serve_all(&self.mem, &self.interrupt, |chain| fill(&self.mem, chain))
+        let complaints = self.interrupt.complaints();
+        self.queue.serve_all(&self.mem, &self.interrupt, |chain| {
+            fill(&self.mem, complaints, chain)
+        })
     }
 }
 
 /// Writes random bytes into `chain`; returns how many. A chain that is not
 /// usable gets none.
-fn fill(mem: &GuestMemoryMmap, chain: Chain<'_>) -> u32 {
+fn fill(mem: &GuestMemoryMmap, complaints: &Complaints, chain: Chain<'_>) -> u32 {
     let Ok(mut writer) = chain.writer(mem) else {
         return 0;
     };
@@ -51,7 +54,7 @@ fn fill(mem: &GuestMemoryMmap, chain: Chain<'_>) -> u32 {
     let random = match getrandom(&mut bytes[..wanted], GetRandomFlags::empty()) {
         Ok(random) => random,
         Err(error) => {
-            log::error!("no random numbers from the host: {error}");
+            complaints.warn(format_args!("no random numbers from the host: {error}"));
             return 0;
         }
     };

@@ -54,8 +54,6 @@ const F_VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 /// What the transport and its queues implement for every device.
 const TRANSPORT_FEATURES: u64 =
     F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-/// Messages about one guest's misuse of one device that are worth logging.
-const MAX_COMPLAINTS: u32 = 16;
 
 /// The transport cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +100,6 @@ pub struct MmioTransport {
     queues: Vec<QueueSlot>,
     /// The device has been activated and not been reset.
     active: bool,
-    complaints: u32,
 }
 
 impl fmt::Debug for MmioTransport {
@@ -152,7 +149,6 @@ impl MmioTransport {
             registers: Registers::default(),
             queues,
             active: false,
-            complaints: 0,
         })
     }
 
@@ -390,7 +386,7 @@ impl MmioTransport {
             Err(error) => {
                 let cause = std::error::Error::source(&error)
                     .map_or_else(String::new, |c| format!(": {c}"));
-                log::error!("virtio device {}: {error}{cause}", self.device_type);
+                self.complain(format_args!("not served: {error}{cause}"));
                 self.fail();
             }
         }
@@ -443,11 +439,11 @@ impl MmioTransport {
         }
     }
 
-    fn complain(&mut self, what: fmt::Arguments<'_>) {
-        if self.complaints < MAX_COMPLAINTS {
-            self.complaints += 1;
-            log::warn!("virtio device {}: guest: {what}", self.device_type);
-        }
+    fn complain(&self, what: fmt::Arguments<'_>) {
+        self.interrupt.complaints().warn(format_args!(
+            "virtio device {}: guest: {what}",
+            self.device_type
+        ));
     }
 }
 
