@@ -10,6 +10,7 @@
 //! 0x01000  IDT (#PF only)                REGION_VA       the linked region
 //! 0x02000  PML4 -+-> 0x03000 -> 0x04000 (identity)
 //!                +-> 0x05000 [0] = link | rights
+//!                            [1] = 0x06000 -> 2 MiB at will   REGION_VA + 1 GiB
 //! 0x10000  program, 0x11000 #PF handler
 //! 0x20000  mailbox: what the program reports
 //! 0x80000  stack (grows down)
@@ -36,6 +37,7 @@ const PML4: u64 = 0x2000;
 const PDPT_LOW: u64 = 0x3000;
 const PD_LOW: u64 = 0x4000;
 const PDPT_REGION: u64 = 0x5000;
+const PD_DIRECT: u64 = 0x6000;
 const CODE: u64 = 0x1_0000;
 const FAULT_HANDLER: u64 = 0x1_1000;
 const MAILBOX: u64 = 0x2_0000;
@@ -274,6 +276,18 @@ impl TinyVm {
     /// Replaces the link.
     pub fn set_link(&self, link: u64) {
         self.ram.word(PDPT_REGION).store(link, Ordering::Release);
+    }
+
+    /// Maps the 2 MiB around `gpa` at another address, as a kernel does that
+    /// looks at memory itself; returns the offset of `gpa` from [`REGION_VA`].
+    #[must_use]
+    pub fn map_directly(&self, gpa: u64) -> u64 {
+        let inside = gpa % (2 << 20);
+        let leaf = (gpa - inside) | 0x83;
+        self.ram.word(PD_DIRECT).store(leaf, Ordering::Release);
+        let link = self.ram.word(PDPT_REGION + 8);
+        link.store(PD_DIRECT | 3, Ordering::Release);
+        (1 << 30) + inside
     }
 
     /// Adds (or with `len` 0 removes) a memslot.

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
@@ -31,6 +32,19 @@ const ABLATION_ROUNDS: u64 = 300;
 /// Memslots of the region in a tiny guest; its RAM is slot 0.
 const TABLES_SLOT: u32 = 1;
 const DATA_SLOT: u32 = 2;
+
+/// Which memslots of a region are `KVM_MEM_READONLY`. The mappings behind them
+/// are writable all the same, so that nothing else holds a store back.
+#[derive(Clone, Copy)]
+struct Slots {
+    tables_read_only: bool,
+    data_read_only: bool,
+}
+
+const WRITABLE: Slots = Slots {
+    tables_read_only: false,
+    data_read_only: false,
+};
 
 struct Bench {
     client: Client,
@@ -92,6 +106,10 @@ impl Bench {
     }
 
     fn guest(&self, link_bits: u64) -> Attached {
+        self.guest_with(link_bits, WRITABLE)
+    }
+
+    fn guest_with(&self, link_bits: u64, slots: Slots) -> Attached {
         let files = self.client.files();
         let attached = Attached {
             vm: TinyVm::new(&self.kvm, self.link_gpa(), link_bits).unwrap(),
@@ -110,11 +128,11 @@ impl Bench {
             )
             .unwrap(),
         };
-        self.show(&attached);
+        self.show(&attached, slots);
         attached
     }
 
-    fn show(&self, to: &Attached) {
+    fn show(&self, to: &Attached, slots: Slots) {
         let (tables, data) = (to.tables.as_ptr(), to.data.as_ptr());
         // SAFETY: the mappings live as long as the guest (`Attached`).
         unsafe {
@@ -124,11 +142,17 @@ impl Bench {
                     self.link_gpa(),
                     tables,
                     self.region.table_len,
-                    false,
+                    slots.tables_read_only,
                 )
                 .unwrap();
             to.vm
-                .set_slot(DATA_SLOT, self.data_gpa(), data, self.region.len, false)
+                .set_slot(
+                    DATA_SLOT,
+                    self.data_gpa(),
+                    data,
+                    self.region.len,
+                    slots.data_read_only,
+                )
                 .unwrap();
         }
     }
@@ -384,6 +408,68 @@ fn read_only_link_refuses_writes_and_a_writable_one_lets_them_through() {
 }
 
 #[test]
+fn read_only_data_slot_refuses_writes_and_a_writable_one_lets_them_through() {
+    let bench = Bench::new(None);
+    bench.write_word(0, u64::MAX);
+    let read_only = Slots {
+        data_read_only: true,
+        ..WRITABLE
+    };
+    let mut guest = bench.guest_with(LINK_RW, read_only);
+    let reader = guest.vm.start(Program::Read, 0).unwrap();
+    turning(&reader);
+    assert_eq!(reader.last(), u64::MAX);
+    assert_eq!(stop(&mut guest, reader), End::Stopped);
+    let run = guest.vm.start(Program::Write, 0).unwrap();
+    let end = guest.vm.finish(run).unwrap();
+    let (gpa, write) = (bench.data_gpa(), true);
+    assert_eq!(end, End::Mmio { gpa, write });
+    assert_eq!(bench.word(0), u64::MAX);
+
+    let mut writer = bench.guest(LINK_RW);
+    let run = writer.vm.start(Program::Write, 0).unwrap();
+    turning(&run);
+    assert_eq!(stop(&mut writer, run), End::Stopped);
+    assert_ne!(bench.word(0), u64::MAX);
+}
+
+#[test]
+fn read_only_table_slot_refuses_a_store_into_the_tables_and_a_writable_one_does_not() {
+    let bench = Bench::new(None);
+    // The last entry of the PMD page: nothing is behind it.
+    let at = PAGE - 8;
+    let gpa = bench.link_gpa() + at;
+    let entry = |guest: &Attached| {
+        let entry = guest.tables.as_ptr().wrapping_add(at.try_into().unwrap());
+        // SAFETY: aligned, inside the mapping, and only reached by atomics here.
+        let entry = unsafe { AtomicU64::from_ptr(entry.cast()) };
+        entry.load(Ordering::Acquire)
+    };
+    let read_only = Slots {
+        tables_read_only: true,
+        ..WRITABLE
+    };
+    let mut guest = bench.guest_with(LINK_RW, read_only);
+    let before = entry(&guest);
+    let offset = guest.vm.map_directly(gpa);
+    let reader = guest.vm.start(Program::Read, offset).unwrap();
+    turning(&reader);
+    assert_eq!(reader.last(), before);
+    assert_eq!(stop(&mut guest, reader), End::Stopped);
+    let run = guest.vm.start(Program::Write, offset).unwrap();
+    let end = guest.vm.finish(run).unwrap();
+    assert_eq!(end, End::Mmio { gpa, write: true });
+    assert_eq!(entry(&guest), before);
+
+    let mut writer = bench.guest(LINK_RW);
+    let offset = writer.vm.map_directly(gpa);
+    let run = writer.vm.start(Program::Write, offset).unwrap();
+    turning(&run);
+    assert_eq!(stop(&mut writer, run), End::Stopped);
+    assert_ne!(entry(&writer), before);
+}
+
+#[test]
 fn region_appears_with_its_memslots_and_goes_with_them() {
     let bench = Bench::new(None);
     bench.write_word(0, 5);
@@ -402,7 +488,7 @@ fn region_appears_with_its_memslots_and_goes_with_them() {
     let end = stop(&mut a, reader);
     assert_ne!(end, End::Stopped, "the load did not fail");
 
-    bench.show(&a);
+    bench.show(&a, WRITABLE);
     let reader = a.vm.start(Program::Read, 0).unwrap();
     turning(&reader);
     assert_eq!(reader.last(), 5);
