@@ -23,7 +23,7 @@ use crate::boot::params::{self, Params};
 use crate::config::{self, Config};
 use crate::devices::bus::{self, MmioBus, PioBus};
 use crate::devices::console::{self, Console};
-use crate::devices::ioapic::{IoApic, SharedIoApic};
+use crate::devices::ioapic::IoApic;
 use crate::devices::power::Power;
 use crate::devices::pvpanic::PvPanic;
 use crate::devices::serial::SerialPort;
@@ -157,7 +157,6 @@ pub struct Builder {
     ram: GuestRam,
     mmio: MmioBus,
     pio: PioBus,
-    ioapic: SharedIoApic,
     event_loop: EventLoop,
     exit: Exit,
     slots: u32,
@@ -206,9 +205,13 @@ impl Builder {
             let gpa = region.start_addr().0;
             vm.add_memslot(gpa, region.clone(), Access::ReadWrite)?;
         }
-        let ioapic = SharedIoApic::new(IoApic::new(Box::new(Arc::clone(&vm))));
+        let ioapic = IoApic::new(Box::new(Arc::clone(&vm)));
         let mut mmio = MmioBus::default();
-        mmio.insert(layout::IOAPIC, layout::IOAPIC_LEN, ioapic.device())?;
+        mmio.insert(
+            layout::IOAPIC,
+            layout::IOAPIC_LEN,
+            Arc::new(Mutex::new(ioapic)),
+        )?;
         let mut builder = Self {
             config: config.clone(),
             cpus,
@@ -219,7 +222,6 @@ impl Builder {
             ram,
             mmio,
             pio: PioBus::default(),
-            ioapic,
             event_loop: EventLoop::new().map_err(Error::EventLoop)?,
             exit,
             slots: 0,
@@ -369,7 +371,6 @@ impl Builder {
             buses: Buses {
                 mmio: Arc::new(self.mmio),
                 pio: Arc::new(self.pio),
-                ioapic: self.ioapic,
             },
             devices: DevicesThread::new(self.event_loop),
             exit: self.exit,

@@ -2,13 +2,13 @@
 //! to the local APICs.
 //!
 //! The local APICs live in KVM (split irqchip), so this device does not deliver
-//! edge-triggered interrupts itself: it tells KVM which message each input
-//! stands for, and KVM sends the message when a device writes its irqfd. For a
-//! level-triggered input the message is sent from here while the line is
-//! asserted, again after each end of interrupt.
+//! interrupts itself: it tells KVM which message each input stands for, and KVM
+//! sends the message when a device writes its irqfd. All devices here are
+//! edge-triggered, so an input has no line to be asserted, and the end of an
+//! interrupt changes nothing.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::bus::MmioDevice;
 use crate::arch::layout::{IOAPIC_PINS, LAPIC};
@@ -19,7 +19,6 @@ const PINS: usize = IOAPIC_PINS as usize;
 /// Offsets of the registers a guest reaches directly.
 const REG_SELECT: u64 = 0x00;
 const REG_WINDOW: u64 = 0x10;
-const REG_EOI: u64 = 0x40;
 /// Indices of the registers behind the window.
 const IDX_ID: u8 = 0x00;
 const IDX_VERSION: u8 = 0x01;
@@ -30,12 +29,10 @@ const VERSION: u32 = 0x20 | ((IOAPIC_PINS - 1) << 16);
 
 /// Bits of a redirection entry.
 const RTE_DEST_LOGICAL: u64 = 1 << 11;
-const RTE_DELIVERY_STATUS: u64 = 1 << 12;
-const RTE_REMOTE_IRR: u64 = 1 << 14;
 const RTE_LEVEL: u64 = 1 << 15;
 const RTE_MASKED: u64 = 1 << 16;
-const RTE_READ_ONLY: u64 = RTE_DELIVERY_STATUS | RTE_REMOTE_IRR;
-const RTE_WRITABLE: u64 = 0xff00_0000_0001_ffff;
+/// All but the two states of an interrupt under way, which has none here.
+const RTE_WRITABLE: u64 = 0xff00_0000_0001_afff;
 
 /// Bits of an interrupt message (Intel SDM volume 3, 11.11).
 const MSI_DEST_LOGICAL: u32 = 1 << 2;
@@ -50,22 +47,11 @@ pub trait MessageSink: Send {
     ///
     /// KVM refuses.
     fn set_routes(&self, routes: &[MsiRoute]) -> Result<(), vm::Error>;
-
-    /// Sends a message now.
-    ///
-    /// # Errors
-    ///
-    /// KVM refuses.
-    fn send(&self, message: MsiMessage) -> Result<(), vm::Error>;
 }
 
 impl MessageSink for Arc<Vm> {
     fn set_routes(&self, routes: &[MsiRoute]) -> Result<(), vm::Error> {
         Vm::set_routes(self, routes)
-    }
-
-    fn send(&self, message: MsiMessage) -> Result<(), vm::Error> {
-        self.send_msi(message)
     }
 }
 
@@ -94,7 +80,6 @@ pub struct IoApic {
     select: u8,
     id: u32,
     entries: [u64; PINS],
-    asserted: [bool; PINS],
     routes: Vec<MsiRoute>,
 }
 
@@ -114,44 +99,7 @@ impl IoApic {
             select: 0,
             id: 0,
             entries: [RTE_MASKED; PINS],
-            asserted: [false; PINS],
             routes: Vec::new(),
-        }
-    }
-
-    /// Asserts or releases the line of a level-triggered input.
-    pub fn set_level(&mut self, gsi: u32, asserted: bool) {
-        let Some(pin) = usize::try_from(gsi).ok().filter(|&pin| pin < PINS) else {
-            return;
-        };
-        self.asserted[pin] = asserted;
-        self.deliver(pin);
-    }
-
-    /// The guest has finished an interrupt with this vector.
-    pub fn end_of_interrupt(&mut self, vector: u8) {
-        for pin in 0..PINS {
-            let entry = self.entries[pin];
-            if entry & RTE_LEVEL != 0 && entry & 0xff == u64::from(vector) {
-                self.entries[pin] &= !RTE_REMOTE_IRR;
-                self.deliver(pin);
-            }
-        }
-        self.update_routes();
-    }
-
-    /// Sends the message of a level-triggered input if it is due.
-    fn deliver(&mut self, pin: usize) {
-        let entry = self.entries[pin];
-        let due = self.asserted[pin]
-            && entry & RTE_LEVEL != 0
-            && entry & (RTE_MASKED | RTE_REMOTE_IRR) == 0;
-        if !due {
-            return;
-        }
-        self.entries[pin] |= RTE_REMOTE_IRR;
-        if let Err(error) = self.sink.send(message(entry)) {
-            log::warn!("interrupt {pin} is lost: {error}");
         }
     }
 
@@ -159,11 +107,7 @@ impl IoApic {
     fn update_routes(&mut self) {
         let routes: Vec<_> = (0..IOAPIC_PINS)
             .zip(self.entries)
-            .filter(|(_, entry)| {
-                // KVM reports the end of an interrupt only for inputs that
-                // have a route, so one that is in service keeps its route.
-                entry & RTE_MASKED == 0 || entry & RTE_REMOTE_IRR != 0
-            })
+            .filter(|(_, entry)| entry & RTE_MASKED == 0)
             .map(|(gsi, entry)| MsiRoute {
                 gsi,
                 message: message(entry),
@@ -208,12 +152,8 @@ impl IoApic {
         let old = self.entries[pin];
         let shift = 32 * half;
         let new = (old & !(0xffff_ffff << shift)) | (u64::from(value) << shift);
-        self.entries[pin] = (new & RTE_WRITABLE & !RTE_READ_ONLY) | (old & RTE_READ_ONLY);
-        if self.entries[pin] & RTE_LEVEL == 0 {
-            self.entries[pin] &= !RTE_REMOTE_IRR;
-        }
+        self.entries[pin] = new & RTE_WRITABLE;
         self.update_routes();
-        self.deliver(pin);
     }
 }
 
@@ -237,51 +177,25 @@ impl MmioDevice for IoApic {
         match offset {
             REG_SELECT => self.select = bytes[0],
             REG_WINDOW => self.write_window(u32::from_le_bytes(bytes)),
-            REG_EOI => self.end_of_interrupt(bytes[0]),
             _ => {}
         }
     }
 }
 
-/// The I/O APIC as vCPUs reach it.
-#[derive(Debug, Clone)]
-pub struct SharedIoApic(Arc<Mutex<IoApic>>);
-
-impl SharedIoApic {
-    /// Shares `ioapic`.
-    pub fn new(ioapic: IoApic) -> Self {
-        Self(Arc::new(Mutex::new(ioapic)))
-    }
-
-    /// The device for the bus.
-    pub fn device(&self) -> Arc<Mutex<IoApic>> {
-        Arc::clone(&self.0)
-    }
-
-    /// See [`IoApic::end_of_interrupt`].
-    pub fn end_of_interrupt(&self, vector: u8) {
-        let mut ioapic = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        ioapic.end_of_interrupt(vector);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
 
     #[derive(Default)]
     struct Log {
         routes: Vec<Vec<MsiRoute>>,
-        sent: Vec<MsiMessage>,
     }
 
     impl MessageSink for Arc<Mutex<Log>> {
         fn set_routes(&self, routes: &[MsiRoute]) -> Result<(), vm::Error> {
             self.lock().unwrap().routes.push(routes.to_vec());
-            Ok(())
-        }
-        fn send(&self, message: MsiMessage) -> Result<(), vm::Error> {
-            self.lock().unwrap().sent.push(message);
             Ok(())
         }
     }
@@ -351,35 +265,6 @@ mod tests {
     }
 
     #[test]
-    fn level_input_is_sent_again_after_end_of_interrupt_while_asserted() {
-        let (mut ioapic, log) = ioapic();
-        write(&mut ioapic, IDX_REDIRECTION, 0x40 | LEVEL);
-        ioapic.set_level(0, true);
-        ioapic.set_level(0, true);
-        assert_eq!(
-            log.lock().unwrap().sent.len(),
-            1,
-            "in service: not sent twice"
-        );
-        ioapic.end_of_interrupt(0x40);
-        assert_eq!(log.lock().unwrap().sent.len(), 2);
-        ioapic.set_level(0, false);
-        ioapic.end_of_interrupt(0x40);
-        assert_eq!(log.lock().unwrap().sent.len(), 2);
-        assert_eq!(log.lock().unwrap().sent[0].data, 0xc040);
-    }
-
-    #[test]
-    fn masked_level_input_is_sent_when_unmasked() {
-        let (mut ioapic, log) = ioapic();
-        write(&mut ioapic, IDX_REDIRECTION, 0x1_0040 | LEVEL);
-        ioapic.set_level(0, true);
-        assert!(log.lock().unwrap().sent.is_empty());
-        write(&mut ioapic, IDX_REDIRECTION, 0x40 | LEVEL);
-        assert_eq!(log.lock().unwrap().sent.len(), 1);
-    }
-
-    #[test]
     fn guest_cannot_write_remote_irr() {
         let (mut ioapic, _log) = ioapic();
         write(
@@ -393,7 +278,6 @@ mod tests {
     #[test]
     fn odd_accesses_change_nothing() {
         let (mut ioapic, log) = ioapic();
-        ioapic.set_level(1000, true);
         write(&mut ioapic, 0xff, 0x31);
         assert_eq!(read(&mut ioapic, 0xff), u32::MAX);
         ioapic.write(0x20, &[1, 2, 3, 4]);

@@ -1,7 +1,7 @@
 //! Virtual CPUs: each has one thread, named `vcpu0`, `vcpu1` and so on, that
 //! runs the guest and serves its accesses to devices.
 //!
-//! **Stopping.** [`VcpuHandle::stop`] sets a flag, stores 1 to the
+//! **Stopping.** [`VcpuHandle::stop_all`] sets a flag, stores 1 to the
 //! `immediate_exit` byte that the vCPU shares with KVM and sends the thread
 //! the kick signal. If the thread is in the guest, the signal brings it out;
 //! if it is about to enter, KVM sees the byte and returns at once. There is no
@@ -23,7 +23,6 @@ use super::memory::{Access, Mapping, PAGE_SIZE};
 use super::vm::{self, Vm};
 use crate::arch::{msrs, regs};
 use crate::devices::bus::{MmioBus, PioBus};
-use crate::devices::ioapic::SharedIoApic;
 use crate::exit::{Crash, Exit, GuestExit};
 
 /// `KVM_INTERNAL_ERROR_EMULATION`: an instruction KVM cannot interpret.
@@ -77,8 +76,6 @@ pub struct Buses {
     pub mmio: Arc<MmioBus>,
     /// Port I/O devices.
     pub pio: Arc<PioBus>,
-    /// Told about the ends of level-triggered interrupts.
-    pub ioapic: SharedIoApic,
 }
 
 /// A vCPU that is not running yet.
@@ -170,7 +167,7 @@ impl Vcpu {
     }
 
     /// Starts the thread. It ends when the guest does, which it reports to
-    /// `exit`, or when [`VcpuHandle::stop`] is called.
+    /// `exit`, or when [`VcpuHandle::stop_all`] is called.
     ///
     /// # Errors
     ///
@@ -232,8 +229,8 @@ impl Vcpu {
                         log::debug!("vCPU {vcpu}: nobody takes {data:x?} at {address:#x}");
                     }
                 }
-                VcpuExit::IoapicEoi(vector) => buses.ioapic.end_of_interrupt(vector),
-                VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+                // No input of the I/O APIC has a line that could be asserted still.
+                VcpuExit::IoapicEoi(_) | VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
                 VcpuExit::SystemEvent(SYSTEM_SHUTDOWN, _) => return Some(GuestExit::PoweredOff),
                 VcpuExit::SystemEvent(SYSTEM_RESET, _) => return Some(GuestExit::Rebooted),
                 VcpuExit::Shutdown => {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY,
-    KVM_X86_QUIRK_SLOT_ZAP_ALL, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
+    KVM_X86_QUIRK_SLOT_ZAP_ALL, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -62,9 +62,6 @@ pub enum Error {
     /// The interrupt routes were not taken.
     #[error("KVM refuses the interrupt routes")]
     Routes(#[source] kvm_ioctls::Error),
-    /// The interrupt was not delivered.
-    #[error("KVM refuses an interrupt message")]
-    Msi(#[source] kvm_ioctls::Error),
 }
 
 /// Names one memory slot of one machine.
@@ -101,7 +98,6 @@ struct Slot {
 pub struct Vm {
     fd: VmFd,
     max_slots: usize,
-    zaps_one_slot: bool,
     slots: Mutex<BTreeMap<SlotId, Slot>>,
 }
 
@@ -131,7 +127,9 @@ impl Vm {
             }
         }
         let fd = kvm.create_vm().map_err(Error::Create)?;
-        let zaps_one_slot = disable_zap_all(&fd);
+        if !disable_zap_all(&fd) {
+            log::debug!("this host's KVM zaps all memory when a memslot goes");
+        }
         fd.set_identity_map_address(layout::IDENTITY_MAP)
             .map_err(|e| Error::Setup("the identity map", e))?;
         let tss = usize::try_from(layout::TSS).unwrap_or(usize::MAX);
@@ -147,15 +145,8 @@ impl Vm {
         Ok(Self {
             fd,
             max_slots: kvm.get_nr_memslots(),
-            zaps_one_slot,
             slots: Mutex::default(),
         })
-    }
-
-    /// Whether removing a slot leaves the second-stage tables of the others in
-    /// place (`KVM_X86_QUIRK_SLOT_ZAP_ALL` could be switched off).
-    pub fn zaps_one_slot(&self) -> bool {
-        self.zaps_one_slot
     }
 
     /// Shows `backing` to the guest at guest-physical address `gpa`, from now
@@ -284,20 +275,6 @@ impl Vm {
         let table = KvmIrqRouting::from_entries(&entries)
             .map_err(|_| Error::Routes(kvm_ioctls::Error::new(libc::E2BIG)))?;
         self.fd.set_gsi_routing(&table).map_err(Error::Routes)
-    }
-
-    /// Delivers an interrupt message now.
-    ///
-    /// # Errors
-    ///
-    /// KVM refuses.
-    pub fn send_msi(&self, message: MsiMessage) -> Result<(), Error> {
-        let msi = kvm_msi {
-            address_lo: message.address,
-            data: message.data,
-            ..Default::default()
-        };
-        self.fd.signal_msi(msi).map(drop).map_err(Error::Msi)
     }
 }
 

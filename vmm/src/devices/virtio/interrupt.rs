@@ -14,8 +14,6 @@ use crate::devices::complaints::Complaints;
 pub struct Interrupt {
     /// InterruptStatus register.
     status: AtomicU32,
-    /// ConfigGeneration register.
-    generation: AtomicU32,
     /// NEEDS_RESET bit of the Status register.
     broken: AtomicBool,
     complaints: Complaints,
@@ -28,7 +26,6 @@ impl Interrupt {
     pub fn new(irq: Arc<EventFd>) -> Self {
         Self {
             status: AtomicU32::new(0),
-            generation: AtomicU32::new(0),
             broken: AtomicBool::new(false),
             complaints: Complaints::default(),
             irq,
@@ -39,12 +36,6 @@ impl Interrupt {
     /// [`VirtQueue::needs_interrupt`](super::VirtQueue::needs_interrupt) first.
     pub fn signal_used(&self) {
         self.raise(VIRTIO_MMIO_INT_VRING);
-    }
-
-    /// Tells the driver that the configuration space has changed.
-    pub fn signal_config(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
     /// Gives the device up until the driver resets it: sets NEEDS_RESET and
@@ -79,11 +70,6 @@ impl Interrupt {
         self.status.fetch_and(!causes, Ordering::SeqCst);
     }
 
-    /// The ConfigGeneration register.
-    pub(super) fn generation(&self) -> u32 {
-        self.generation.load(Ordering::SeqCst)
-    }
-
     /// Forgets pending causes and NEEDS_RESET. Only while no handler runs.
     pub(super) fn reset(&self) {
         self.status.store(0, Ordering::SeqCst);
@@ -114,9 +100,8 @@ mod tests {
         let (interrupt, irq) = interrupt();
         interrupt.signal_used();
         assert_eq!(interrupt.status(), 1);
-        interrupt.signal_config();
+        interrupt.fail();
         assert_eq!(interrupt.status(), 3);
-        assert_eq!(interrupt.generation(), 1);
         assert_eq!(irq.read().unwrap(), 2);
     }
 
@@ -124,7 +109,7 @@ mod tests {
     fn acknowledge_clears_only_what_was_seen() {
         let (interrupt, _irq) = interrupt();
         interrupt.signal_used();
-        interrupt.signal_config();
+        interrupt.fail();
         interrupt.acknowledge(1);
         assert_eq!(interrupt.status(), 2);
     }

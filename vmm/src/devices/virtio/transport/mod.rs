@@ -197,7 +197,8 @@ impl MmioTransport {
             VIRTIO_MMIO_SHM_LEN_HIGH => high(self.selected_shm().map_or(u64::MAX, |r| r.1)),
             VIRTIO_MMIO_SHM_BASE_LOW => low(self.selected_shm().map_or(u64::MAX, |r| r.0)),
             VIRTIO_MMIO_SHM_BASE_HIGH => high(self.selected_shm().map_or(u64::MAX, |r| r.0)),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
+            // No device changes its configuration space.
+            VIRTIO_MMIO_CONFIG_GENERATION => 0,
             _ => {
                 self.complain(format_args!("read of register {offset:#x}"));
                 0
