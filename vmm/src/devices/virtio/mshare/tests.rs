@@ -522,6 +522,27 @@ fn guest_that_refills_its_queues_without_end_loses_its_memslots() {
 }
 
 #[test]
+fn memslots_go_while_a_queue_is_walked() {
+    let pool = Pool::new();
+    let (guest, shared, id) = attached(&pool, Policy::Private);
+    // As long as a guest could keep a thread in a queue, with the best timing.
+    let walking = shared.queues();
+    let admin = admin::connect(&pool.socket).unwrap();
+    let asked = thread::spawn(move || {
+        let prot = mshare_protocol::entry::Prot::Read;
+        admin.protect(id, 0, 4096, prot)
+    });
+    let begun = Instant::now();
+    while pool.vm.memslots() != 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(asked.join().unwrap(), Ok(()));
+    drop(walking);
+    drop(guest);
+}
+
+#[test]
 fn resets_while_the_broker_hangs_add_no_threads_and_no_descriptors() {
     let mut pool = Pool::new();
     let device = pool.join(Policy::Rw, true).unwrap();
