@@ -13,7 +13,6 @@ use clap::{Parser, Subcommand};
 use mshare_protocol::report::chain;
 
 use crate::exit::{EXIT_STATUS_HELP, ExitStatus};
-use crate::signals::Signals;
 
 const ABOUT: &str = "Runs Linux guests on KVM. Guests of one pool can share page tables.";
 const KEYS_HELP: &str = "\
@@ -84,9 +83,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run_pool(args: pool::Pool) -> Result<ExitCode, Failure> {
-    // Before there are threads, which inherit the mask.
-    let signals = Signals::block()?;
-    args.run(signals)?;
+    args.run()?;
     Ok(ExitStatus::Success.into())
 }
 

@@ -147,6 +147,9 @@ pub enum Error {
     /// The broker does not listen.
     #[error("cannot serve the pool")]
     Server(#[from] ServerError),
+    /// No way to be told to end.
+    #[error("cannot wait for signals")]
+    Signals(#[source] io::Error),
     /// The broker refuses.
     #[error(transparent)]
     Admin(#[from] AdminError),
@@ -173,11 +176,15 @@ impl Pool {
     /// # Errors
     ///
     /// See [`Error`].
-    pub fn run(self, signals: Signals) -> Result<(), Error> {
+    pub fn run(self) -> Result<(), Error> {
         let socket = self.socket.ok_or(Error::NoSocket)?;
         if let Some(action) = self.action {
             return act(&admin::connect(&socket)?, action, &mut io::stdout().lock());
         }
+        // Only a broker reads them: whoever asks one is ended by the signal
+        // itself, whatever it waits for. Before there are threads, which
+        // inherit the mask.
+        let signals = Signals::block().map_err(Error::Signals)?;
         let start = match self.size {
             Some(size) => {
                 let mut config = PoolConfig::new(size.0);
