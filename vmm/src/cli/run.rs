@@ -98,10 +98,13 @@ fn read_config(path: PathBuf) -> Result<Config, ConfigFileError> {
 impl RunArgs {
     fn into_launch(self) -> Result<Launch, Failure> {
         let guest = match (self.config, self.kernel) {
-            (Some(path), _) => Config {
-                name: self.name,
-                ..read_config(path).map_err(Failure::usage)?
-            },
+            (Some(path), _) => {
+                let file = read_config(path).map_err(Failure::usage)?;
+                Config {
+                    name: self.name.or(file.name),
+                    ..file
+                }
+            }
             (None, Some(kernel)) => Config {
                 name: self.name,
                 kernel,
@@ -162,4 +165,31 @@ fn report(ended: &GuestExit) -> Result<ExitStatus, Failure> {
         other => eprintln!("vmm: {other}"),
     }
     Ok(ended.status())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    #[test]
+    fn name_of_the_configuration_holds_unless_one_is_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config");
+        std::fs::write(&path, r#"{"kernel": "k", "name": "db"}"#).unwrap();
+        let name = |more: &[&str]| {
+            let argv = ["vmm", "--config", path.to_str().unwrap()];
+            let cli = Cli::try_parse_from(argv.iter().chain(more)).unwrap();
+            let launch = cli.args.into_launch().map_err(|f| f.error).unwrap();
+            launch.guest.name
+        };
+        assert_eq!(name(&[]).as_deref(), Some("db"));
+        assert_eq!(name(&["--name", "web"]).as_deref(), Some("web"));
+    }
 }
