@@ -17,13 +17,21 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, getpid, getppid};
 
 use crate::config::Config;
 use crate::signals::Signals;
+
+/// How long the guests that run already may take to end when one of them does
+/// not start. What is left then dies with this process.
+const END_LIMIT: Duration = Duration::from_secs(5);
+/// How long the last lines of the guests may take to be passed on: a reader of
+/// ours that is stuck must not keep us.
+const LINES_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why the guests could not be started or watched.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +68,8 @@ enum Event {
 struct Running {
     name: String,
     pid: Pid,
+    /// The threads that pass its lines on.
+    lines: Vec<JoinHandle<()>>,
     ended: Option<ExitStatus>,
 }
 
@@ -78,13 +88,19 @@ pub fn run(configs: &[Config], signals: Signals) -> Result<u8, Error> {
         match start(i, config, &sender) {
             Ok(guest) => guests.push(guest),
             Err(error) => {
+                // They remove their sockets before they end.
                 end_all(&guests);
+                wait(&mut guests, &events, Some(Instant::now() + END_LIMIT));
+                finish_lines(guests, LINES_LIMIT);
                 return Err(error);
             }
         }
     }
     drop(sender);
-    Ok(wait(&mut guests, &events))
+    wait(&mut guests, &events, None);
+    let code = first_failure(&guests);
+    finish_lines(guests, LINES_LIMIT);
+    Ok(code)
 }
 
 fn start_error(name: &str, source: io::Error) -> Error {
@@ -111,25 +127,55 @@ fn start(index: usize, config: &Config, events: &Sender<Event>) -> Result<Runnin
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let fd = file.as_raw_fd();
-    // SAFETY: the closure runs between fork and exec and makes two system
+    let supervisor = getpid();
+    // SAFETY: the closure runs between fork and exec and makes a few system
     // calls that are safe there; it allocates nothing and takes no lock.
     unsafe {
         command.pre_exec(move || {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            // The supervisor may have gone before the line above.
+            if getppid() != Some(supervisor) {
+                return Err(io::ErrorKind::NotFound.into());
+            }
             // The configuration's descriptor is the one thing that is passed on.
             let fd = std::os::fd::BorrowedFd::borrow_raw(fd);
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
             Ok(())
         });
     }
-    let mut child = command.spawn().map_err(fail)?;
+    let child = command.spawn().map_err(fail)?;
     let pid = Pid::from_child(&child);
+    match watch(index, &name, child, events) {
+        Ok(lines) => Ok(Running {
+            name,
+            pid,
+            lines,
+            ended: None,
+        }),
+        Err(source) => {
+            // Without its watchers it would never be missed.
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+            Err(fail(source))
+        }
+    }
+}
+
+/// Starts the threads that pass the lines of a guest on and wait for its end;
+/// returns the former.
+fn watch(
+    index: usize,
+    name: &str,
+    mut child: Child,
+    events: &Sender<Event>,
+) -> io::Result<Vec<JoinHandle<()>>> {
+    let mut lines = Vec::new();
     for (stream, to) in streams(&mut child) {
         let prefix = format!("{name} | ");
-        thread::Builder::new()
-            .name(format!("lines-{index}"))
-            .spawn(move || pass_lines(stream, &prefix, to))
-            .map_err(fail)?;
+        lines.push(
+            thread::Builder::new()
+                .name(format!("lines-{index}"))
+                .spawn(move || pass_lines(stream, &prefix, to))?,
+        );
     }
     let events = events.clone();
     thread::Builder::new()
@@ -138,13 +184,8 @@ fn start(index: usize, config: &Config, events: &Sender<Event>) -> Result<Runnin
             let status = child.wait();
             // Nobody listens once the supervisor has given up.
             let _ = events.send(Event::Ended(index, status));
-        })
-        .map_err(fail)?;
-    Ok(Running {
-        name,
-        pid,
-        ended: None,
-    })
+        })?;
+    Ok(lines)
 }
 
 /// A sealed-off file with the configuration, to be read by the child.
@@ -221,30 +262,55 @@ fn end_all(guests: &[Running]) {
     }
 }
 
-fn wait(guests: &mut [Running], events: &Receiver<Event>) -> u8 {
+/// Waits until all guests have ended, or until `deadline`.
+fn wait(guests: &mut [Running], events: &Receiver<Event>, deadline: Option<Instant>) {
     while guests.iter().any(|guest| guest.ended.is_none()) {
-        match events.recv() {
-            Ok(Event::Ended(index, Ok(status))) => {
+        let event = match deadline {
+            None => events.recv().ok(),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                events.recv_timeout(left).ok()
+            }
+        };
+        match event {
+            Some(Event::Ended(index, Ok(status))) => {
                 report(&guests[index].name, status);
                 guests[index].ended = Some(status);
             }
-            Ok(Event::Ended(index, Err(error))) => {
+            Some(Event::Ended(index, Err(error))) => {
                 log::error!("cannot wait for {}: {error}", guests[index].name);
                 guests[index].ended = Some(ExitStatus::from_raw(1 << 8));
             }
-            Ok(Event::Signalled(signal)) => {
+            Some(Event::Signalled(signal)) => {
                 log::info!("signal {signal}: ending the guests");
                 end_all(guests);
             }
-            Err(_) => break,
+            None => break,
         }
     }
+}
+
+/// The exit status of the first guest that did not end with 0.
+fn first_failure(guests: &[Running]) -> u8 {
     guests
         .iter()
         .filter_map(|guest| guest.ended)
         .map(exit_code)
         .find(|&code| code != 0)
         .unwrap_or(0)
+}
+
+/// Waits until all that the guests printed has been passed on, or for `limit`;
+/// returns whether it has been.
+fn finish_lines(guests: Vec<Running>, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    let mut lines = guests.into_iter().flat_map(|guest| guest.lines);
+    lines.all(|thread| {
+        while !thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        thread.is_finished()
+    })
 }
 
 fn report(name: &str, status: ExitStatus) {
@@ -261,4 +327,51 @@ fn exit_code(status: ExitStatus) -> u8 {
         .or_else(|| status.signal().map(|signal| 128 + signal))
         .unwrap_or(1);
     u8::try_from(code & 0xff).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_is_the_guests_or_128_and_its_signal() {
+        let ended = |raw| ExitStatus::from_raw(raw);
+        assert_eq!(exit_code(ended(17 << 8)), 17);
+        assert_eq!(exit_code(ended(libc::SIGKILL)), 137);
+        assert_eq!(exit_code(ended(libc::SIGSEGV)), 139);
+    }
+
+    /// A guest that has ended, with a thread that still passes lines on until
+    /// the sender goes.
+    fn guest(status: i32) -> (Running, Sender<()>) {
+        let (sender, receiver) = mpsc::channel::<()>();
+        let lines = thread::spawn(move || while receiver.recv().is_ok() {});
+        let guest = Running {
+            name: "g".to_owned(),
+            pid: getpid(),
+            lines: vec![lines],
+            ended: Some(ExitStatus::from_raw(status)),
+        };
+        (guest, sender)
+    }
+
+    #[test]
+    fn first_guest_that_failed_gives_the_status() {
+        let guests = [0, 19 << 8, libc::SIGKILL].map(|status| guest(status).0);
+        assert_eq!(first_failure(&guests), 19);
+        assert_eq!(first_failure(&guests[..1]), 0);
+    }
+
+    #[test]
+    fn lines_are_waited_for_up_to_the_limit() {
+        let (stuck, sender) = guest(0);
+        assert!(!finish_lines(vec![stuck], Duration::from_millis(20)));
+        drop(sender);
+        let (slow, sender) = guest(0);
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(20));
+            drop(sender);
+        });
+        assert!(finish_lines(vec![slow], Duration::from_secs(60)));
+    }
 }
