@@ -26,7 +26,7 @@ use crate::devices::console::{self, Console};
 use crate::devices::ioapic::IoApic;
 use crate::devices::power::Power;
 use crate::devices::pvpanic::PvPanic;
-use crate::devices::serial::SerialPort;
+use crate::devices::serial::{SerialDevice, SerialPort};
 use crate::devices::serial_input::SerialInput;
 use crate::devices::virtio::block::{self, Block, Disk};
 use crate::devices::virtio::mshare;
@@ -312,10 +312,11 @@ impl Builder {
         let (irq, wake) = (event()?, event()?);
         self.vm.register_irqfd(&irq, layout::COM1_GSI)?;
         let port_wake = wake.try_clone().map_err(Error::EventFd)?;
-        let port = SerialPort::new(irq, port_wake, Box::new(console.output));
-        let port = Arc::new(Mutex::new(port));
+        let port = Arc::new(Mutex::new(SerialPort::new(irq, port_wake)));
+        let device = SerialDevice::new(Arc::clone(&port), Box::new(console.output));
+        let device = Arc::new(Mutex::new(device));
         self.pio
-            .insert(layout::COM1.into(), layout::COM1_LEN.into(), port.clone())?;
+            .insert(layout::COM1.into(), layout::COM1_LEN.into(), device)?;
         if let Some(input) = console.input {
             let exit = self.exit.clone();
             let input = SerialInput::new(port, wake, input.file, input.is_terminal, exit);

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -51,18 +52,17 @@ impl SerialEvents for Wake {
     }
 }
 
-/// The device.
+/// The registers.
 ///
 /// Input is taken only once the guest has opened the port. Earlier bytes
 /// would be lost: Linux empties the FIFO when it opens a port.
 pub struct SerialPort {
-    uart: Serial<Irq, Wake, Box<dyn Write + Send>>,
+    /// What it writes is collected and fetched after each access.
+    uart: Serial<Irq, Wake, Vec<u8>>,
     /// Last values of MCR and LCR that the guest wrote.
     mcr: u8,
     lcr: u8,
     open: bool,
-    /// Said so already.
-    lost_output: bool,
 }
 
 impl fmt::Debug for SerialPort {
@@ -74,15 +74,14 @@ impl fmt::Debug for SerialPort {
 }
 
 impl SerialPort {
-    /// A port that raises `irq`, writes the guest's output to `out` and
-    /// signals `wake` when it can take more input.
-    pub fn new(irq: EventFd, wake: EventFd, out: Box<dyn Write + Send>) -> Self {
+    /// A port that raises `irq` and signals `wake` when it can take more
+    /// input.
+    pub fn new(irq: EventFd, wake: EventFd) -> Self {
         Self {
-            uart: Serial::with_events(Irq(irq), Wake(wake), out),
+            uart: Serial::with_events(Irq(irq), Wake(wake), Vec::new()),
             mcr: 0,
             lcr: 0,
             open: false,
-            lost_output: false,
         }
     }
 
@@ -98,6 +97,15 @@ impl SerialPort {
                 input.len()
             }
         }
+    }
+
+    /// Stores in a register; returns what the guest prints by it.
+    fn write(&mut self, register: u8, value: u8) -> Vec<u8> {
+        if let Err(error) = self.uart.write(register, value) {
+            log::error!("the serial port raises no interrupt: {error:?}");
+        }
+        self.observe(register, value);
+        std::mem::take(self.uart.writer_mut())
     }
 
     /// Notes the moment at which the guest's driver starts to listen.
@@ -119,22 +127,57 @@ impl SerialPort {
     }
 }
 
-impl PioDevice for SerialPort {
+/// The device: the registers, and where the guest's output goes.
+///
+/// The registers have a lock of their own, which is never held while output is
+/// written. A reader that does not read (`vmm ... | less`) thus stops the vCPUs
+/// that print, but not whoever feeds the port.
+pub struct SerialDevice {
+    port: Arc<Mutex<SerialPort>>,
+    out: Box<dyn Write + Send>,
+    /// Said so already.
+    lost_output: bool,
+}
+
+impl fmt::Debug for SerialDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SerialDevice")
+            .field("port", &self.port)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SerialDevice {
+    /// Makes `port` a device that writes the guest's output to `out`.
+    pub fn new(port: Arc<Mutex<SerialPort>>, out: Box<dyn Write + Send>) -> Self {
+        Self {
+            port,
+            out,
+            lost_output: false,
+        }
+    }
+
+    fn port(&self) -> std::sync::MutexGuard<'_, SerialPort> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PioDevice for SerialDevice {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         if let ([byte], Ok(register)) = (data, u8::try_from(offset)) {
-            *byte = self.uart.read(register);
+            *byte = self.port().uart.read(register);
         }
     }
 
     fn write(&mut self, offset: u16, data: &[u8]) {
         if let ([byte], Ok(register)) = (data, u8::try_from(offset)) {
+            let output = self.port().write(register, *byte);
             // A reader of our output that is gone must not stop the guest.
-            if let Err(error) = self.uart.write(register, *byte)
+            if let Err(error) = self.out.write_all(&output)
                 && !std::mem::replace(&mut self.lost_output, true)
             {
-                log::debug!("console output is lost: {error:?}");
+                log::debug!("console output is lost: {error}");
             }
-            self.observe(register, *byte);
         }
     }
 }
@@ -142,7 +185,6 @@ impl PioDevice for SerialPort {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{Arc, Mutex};
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     #[derive(Clone, Default)]
@@ -158,21 +200,24 @@ mod tests {
         }
     }
 
-    fn port() -> (SerialPort, Sink, EventFd, EventFd) {
+    impl SerialDevice {
+        fn receive(&self, input: &[u8]) -> usize {
+            self.port().receive(input)
+        }
+    }
+
+    fn port() -> (SerialDevice, Sink, EventFd, EventFd) {
         let (irq, wake) = (
             EventFd::new(EFD_NONBLOCK).unwrap(),
             EventFd::new(EFD_NONBLOCK).unwrap(),
         );
         let sink = Sink::default();
-        let port = SerialPort::new(
-            irq.try_clone().unwrap(),
-            wake.try_clone().unwrap(),
-            Box::new(sink.clone()),
-        );
+        let port = SerialPort::new(irq.try_clone().unwrap(), wake.try_clone().unwrap());
+        let port = SerialDevice::new(Arc::new(Mutex::new(port)), Box::new(sink.clone()));
         (port, sink, irq, wake)
     }
 
-    fn open(port: &mut SerialPort) {
+    fn open(port: &mut SerialDevice) {
         port.write(u16::from(MCR), &[MCR_OUT2]);
         port.write(u16::from(IER), &[IER_RECEIVE]);
     }
@@ -198,7 +243,8 @@ mod tests {
             }
         }
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
-        let mut port = SerialPort::new(event(), event(), Box::new(Broken));
+        let port = Arc::new(Mutex::new(SerialPort::new(event(), event())));
+        let mut port = SerialDevice::new(port, Box::new(Broken));
         port.write(0, b"x");
     }
 

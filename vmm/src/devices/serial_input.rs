@@ -226,6 +226,7 @@ impl MutEventSubscriber for SerialInput {
 mod tests {
     use super::*;
     use crate::devices::bus::PioDevice;
+    use crate::devices::serial::SerialDevice;
     use crate::devices::{EventLoop, Subscriber};
     use event_manager::SubscriberOps;
     use std::io::{Seek, Write};
@@ -234,32 +235,36 @@ mod tests {
 
     struct Setup {
         event_loop: EventLoop,
-        port: Arc<Mutex<SerialPort>>,
+        device: SerialDevice,
         exit: Exit,
     }
 
     fn setup(source: File, terminal: bool) -> Setup {
+        setup_with_output(source, terminal, Box::new(io::sink()))
+    }
+
+    fn setup_with_output(source: File, terminal: bool, out: Box<dyn Write + Send>) -> Setup {
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let wake = event();
-        let port = SerialPort::new(event(), wake.try_clone().unwrap(), Box::new(io::sink()));
+        let port = SerialPort::new(event(), wake.try_clone().unwrap());
         let port = Arc::new(Mutex::new(port));
+        let device = SerialDevice::new(port.clone(), out);
         let exit = Exit::new().unwrap();
-        let input = SerialInput::new(port.clone(), wake, source, terminal, exit.clone());
+        let input = SerialInput::new(port, wake, source, terminal, exit.clone());
         let mut event_loop = EventLoop::new().unwrap();
         let subscriber: Subscriber = Arc::new(Mutex::new(input));
         event_loop.add_subscriber(subscriber);
         Setup {
             event_loop,
-            port,
+            device,
             exit,
         }
     }
 
     impl Setup {
-        fn open_port(&self) {
-            let mut port = self.port.lock().unwrap();
-            port.write(4, &[8]);
-            port.write(1, &[1]);
+        fn open_port(&mut self) {
+            self.device.write(4, &[8]);
+            self.device.write(1, &[1]);
         }
 
         /// Lets the guest read until `want` bytes have come.
@@ -267,7 +272,7 @@ mod tests {
             let mut all = Vec::new();
             for _ in 0..1000 {
                 self.event_loop.run_with_timeout(0).unwrap();
-                let mut port = self.port.lock().unwrap();
+                let port = &mut self.device;
                 let mut status = [0];
                 loop {
                     port.read(5, &mut status);
@@ -350,6 +355,39 @@ mod tests {
             setup.exit.reported(),
             Some(GuestExit::Stopped(StoppedBy::Console))
         );
+    }
+
+    #[test]
+    fn quit_keys_work_while_a_vcpu_waits_for_the_reader_of_its_output() {
+        let (reader, mut keys) = pipe();
+        let (stuck, out) = pipe();
+        let setup = setup_with_output(reader, true, Box::new(out));
+        let (mut device, mut event_loop) = (setup.device, setup.event_loop);
+        let printed = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counter = Arc::clone(&printed);
+        let vcpu = std::thread::spawn(move || {
+            // More than a pipe holds.
+            for _ in 0..1 << 17 {
+                device.write(0, b"x");
+                counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let waits = |what: &dyn Fn() -> bool| {
+            while !what() {
+                assert!(std::time::Instant::now() < deadline);
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        };
+        waits(&|| rustix::io::ioctl_fionread(&stuck).unwrap() >= 1 << 16);
+        // It goes into the next write, or is on its way there.
+        waits(&|| printed.load(std::sync::atomic::Ordering::Relaxed) >= 1 << 16);
+        std::thread::spawn(move || while event_loop.run().is_ok() {});
+        keys.write_all(b"a\x01x").unwrap();
+        waits(&|| setup.exit.reported().is_some());
+        // The pipe breaks, and the vCPU goes on.
+        drop(stuck);
+        vcpu.join().unwrap();
     }
 
     #[test]
