@@ -71,7 +71,8 @@ pub fn open_kvm() -> Result<Kvm, Error> {
 
 /// Checks that this host can run a Linux guest with `cpus` vCPUs; returns what
 /// was found about its kernel-mode code. Takes a few milliseconds where it can,
-/// and less than a second where it cannot.
+/// and less than a second where it cannot; where that is not clear within a
+/// second, it says so and takes another five.
 ///
 /// # Errors
 ///

@@ -28,6 +28,7 @@ pub mod exit;
 pub mod host;
 pub mod launch;
 pub mod machine;
+pub mod patience;
 pub mod pool_service;
 pub mod signals;
 pub mod supervisor;

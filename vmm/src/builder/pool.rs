@@ -6,6 +6,7 @@ use super::{Builder, Error};
 use crate::arch::{cpuid, layout};
 use crate::devices::virtio::mshare::{Guest, Mshare};
 use crate::doctor;
+use crate::patience::Wait;
 
 impl Builder {
     /// Joins the pool of the configuration, if there is one.
@@ -26,6 +27,7 @@ impl Builder {
             ram_end,
             phys_bits,
         };
+        let _wait = Wait::broker(&pool.socket);
         let device = Mshare::join(guest, &pool.socket, pool.policy, tables)?;
         if device.policy() != pool.policy {
             eprintln!(

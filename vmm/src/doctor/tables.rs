@@ -16,10 +16,13 @@ use kvm_ioctls::Kvm;
 use serde::Serialize;
 
 use super::guest::{CODE, Mode, PROBE_PMD, PROBE_PTE, PROBE_VA, Stop, TinyGuest};
+use crate::patience;
 
-const LIMIT: Duration = Duration::from_millis(300);
-/// The second try, when the first had no answer: the host may just be busy.
-const PATIENT_LIMIT: Duration = Duration::from_secs(3);
+/// For the first try and, if it ran out of time, the second: the host may just
+/// be busy.
+pub(super) const LIMITS: [Duration; 2] = [Duration::from_millis(300), Duration::from_secs(3)];
+/// What is said when time ran out.
+const TIMED_OUT: &str = "the guest does not come back";
 /// Reads before and after each edit, and edits.
 const READS: usize = 3;
 const ROUNDS: u64 = 4;
@@ -69,7 +72,7 @@ impl Tables {
     }
 }
 
-/// Probes the host's paging.
+/// Probes the host's paging. Where that takes more than a moment, it says so.
 pub fn probe(kvm: &Kvm) -> Tables {
     let pre_fault_memory = kvm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into());
     let parameter = module_parameter();
@@ -80,10 +83,8 @@ pub fn probe(kvm: &Kvm) -> Tables {
     );
     let try_edits =
         |limit| probe_edits(kvm, limit).unwrap_or_else(|e| Edits::Unknown(e.to_string()));
-    let mut edits = try_edits(LIMIT);
-    if matches!(edits, Edits::Unknown(_)) {
-        edits = try_edits(PATIENT_LIMIT);
-    }
+    let undecided = |edits: &Edits| *edits == Edits::Unknown(TIMED_OUT.into());
+    let edits = patience::try_twice(LIMITS, try_edits, undecided, patience::say);
     Tables {
         pre_fault_memory,
         module_parameter: parameter.map(|(text, _)| text),
@@ -146,6 +147,7 @@ fn edit(guest: &mut TinyGuest) -> io::Result<Edits> {
             match guest.run() {
                 Stop::Ok(seen) if seen == mark(round) => {}
                 Stop::Ok(_) if round > 0 => return Ok(Edits::Stale),
+                Stop::TimeOut => return Ok(Edits::Unknown(TIMED_OUT.into())),
                 other => return Ok(Edits::Unknown(format!("{other:?}"))),
             }
         }
@@ -206,7 +208,9 @@ mod tests {
 
     #[test]
     fn probe_gives_an_answer_where_there_is_kvm() {
-        let Ok(kvm) = Kvm::new() else { return };
+        let Ok(kvm) = Kvm::new() else {
+            return crate::doctor::tests::no_kvm_is_reported();
+        };
         let tables = probe(&kvm);
         assert!(!matches!(tables.edits, Edits::Unknown(_)), "{tables:?}");
     }
