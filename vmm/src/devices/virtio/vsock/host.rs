@@ -1,12 +1,24 @@
 //! The unix sockets on the host's side.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::fs::{Mode, chmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+/// How long a directory may be locked. Whoever takes turns at binding needs
+/// milliseconds, and a start that cannot go on says so within a second.
+const LOCK_LIMIT: Duration = Duration::from_millis(700);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// A listening socket that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +31,17 @@ pub enum Error {
         "vsock socket {0:?}: the file exists and is not a socket; remove it or choose another path"
     )]
     NotASocket(PathBuf),
+    /// Somebody keeps the directory locked.
+    #[error(
+        "another process holds a lock (flock) on the directory {directory:?}; end it, or choose \
+         another directory for the vsock socket {path:?}"
+    )]
+    Locked {
+        /// The directory.
+        directory: PathBuf,
+        /// The path of the socket.
+        path: PathBuf,
+    },
     /// The host refuses.
     #[error("cannot listen on vsock socket {path:?}")]
     Listen {
@@ -40,7 +63,9 @@ pub struct HostSocket {
 }
 
 impl HostSocket {
-    /// Listens at `path`. A socket that a dead process left there is replaced.
+    /// Listens at `path`, with mode 0600: who may connect may run programs as
+    /// root in a guest with an agent. A socket that a dead process left there is
+    /// replaced.
     ///
     /// # Errors
     ///
@@ -52,16 +77,15 @@ impl HostSocket {
         };
         // Two VMMs that find the same dead socket take turns, or the second
         // would remove the first one's.
-        let _turn = lock_directory(path).map_err(fail)?;
-        let listener = match UnixListener::bind(path) {
+        let _turn = lock_directory(path, LOCK_LIMIT)?;
+        let listener = match listen_at(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 remove_dead_socket(path)?;
-                UnixListener::bind(path)
+                listen_at(path)
             }
             result => result,
         }
         .map_err(fail)?;
-        listener.set_nonblocking(true).map_err(fail)?;
         let file = file_identity(path).map_err(fail)?;
         Ok(Self {
             listener,
@@ -105,14 +129,34 @@ impl Drop for HostSocket {
     }
 }
 
-fn connect_without_waiting(path: &Path) -> io::Result<UnixStream> {
+/// A listening socket that does not block.
+fn listen_at(path: &Path) -> io::Result<UnixListener> {
     let address = SocketAddrUnix::new(path)?;
-    let socket = socket_with(
+    let socket = stream_socket()?;
+    bind(&socket, &address)?;
+    // Nobody can connect before listen(), so there is no moment in which the
+    // mode is wrong.
+    let listening = chmod(path, Mode::RUSR | Mode::WUSR).and_then(|()| listen(&socket, BACKLOG));
+    if let Err(error) = listening {
+        fs::remove_file(path)?;
+        return Err(error.into());
+    }
+    Ok(socket.into())
+}
+
+fn stream_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    Ok(socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
-        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        flags,
         None,
-    )?;
+    )?)
+}
+
+fn connect_without_waiting(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = stream_socket()?;
     connect(&socket, &address)?;
     Ok(socket.into())
 }
@@ -139,14 +183,31 @@ fn remove_dead_socket(path: &Path) -> Result<(), Error> {
 }
 
 /// An exclusive lock on the directory of `path`, until the value is dropped.
-fn lock_directory(path: &Path) -> io::Result<File> {
+fn lock_directory(path: &Path, limit: Duration) -> Result<File, Error> {
+    let fail = |source| Error::Listen {
+        path: path.into(),
+        source,
+    };
     let parent = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
-    let directory = File::open(parent)?;
-    directory.lock()?;
-    Ok(directory)
+    let directory = File::open(parent).map_err(fail)?;
+    let deadline = Instant::now() + limit;
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Ok(directory),
+            Err(TryLockError::Error(error)) => return Err(fail(error)),
+            Err(TryLockError::WouldBlock) if Instant::now() >= deadline => {
+                return Err(Error::Locked {
+                    directory: parent.into(),
+                    path: path.into(),
+                });
+            }
+            // Not a lock that blocks: the signals that end a run are blocked.
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_RETRY),
+        }
+    }
 }
 
 fn file_identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -166,6 +227,43 @@ mod tests {
         let _first = HostSocket::bind(&path).unwrap();
         assert!(matches!(HostSocket::bind(&path), Err(Error::InUse(_))));
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn only_the_owner_may_connect() {
+        let dir = tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let _socket = HostSocket::bind(&path).unwrap();
+        let mode = fs::symlink_metadata(&path).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn directory_that_stays_locked_is_named() {
+        let dir = tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let lock = File::open(dir.path()).unwrap();
+        lock.lock().unwrap();
+        let error = HostSocket::bind(&path).unwrap_err();
+        assert!(matches!(error, Error::Locked { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(dir.path().to_str().unwrap()), "{text}");
+        assert!(!path.exists());
+        drop(lock);
+        HostSocket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn lock_that_is_given_back_is_waited_for() {
+        let dir = tempdir().unwrap();
+        let lock = File::open(dir.path()).unwrap();
+        lock.lock().unwrap();
+        let owner = std::thread::spawn(move || {
+            std::thread::sleep(3 * LOCK_RETRY);
+            drop(lock);
+        });
+        lock_directory(&dir.path().join("v.sock"), Duration::from_secs(60)).unwrap();
+        owner.join().unwrap();
     }
 
     #[test]
