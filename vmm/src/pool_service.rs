@@ -1,11 +1,14 @@
 //! The pool that a command line names: joined, or served by this process.
 
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use mshare_pool::broker::{Broker, BrokerError};
 use mshare_pool::layout::PoolConfig;
 use mshare_pool::server::{Listener, Options, Server, ServerError};
+use tempfile::TempDir;
 
 use crate::launch::{PageSize, PoolOption, PoolSource};
 
@@ -19,9 +22,9 @@ pub enum Error {
     #[error("cannot serve the pool")]
     Server(#[from] ServerError),
     /// No place for the broker's socket.
-    #[error("cannot make the directory {path} for the broker's socket")]
+    #[error("cannot make a directory in {path} for the broker's socket")]
     Directory {
-        /// Which.
+        /// Where.
         path: PathBuf,
         /// Cause.
         #[source]
@@ -35,7 +38,7 @@ pub enum Error {
 pub struct PoolService {
     // Before the directory: the server removes its socket.
     _server: Option<Server>,
-    _directory: Option<OwnDirectory>,
+    _directory: Option<TempDir>,
     socket: PathBuf,
 }
 
@@ -70,8 +73,8 @@ impl PoolService {
         let (directory, socket) = match socket {
             Some(path) => (None, path.clone()),
             None => {
-                let own = OwnDirectory::new()?;
-                let socket = own.0.join("pool");
+                let own = own_directory()?;
+                let socket = own.path().join("pool");
                 (Some(own), socket)
             }
         };
@@ -90,31 +93,15 @@ impl PoolService {
     }
 }
 
-/// A directory that only this user can enter, removed with the value.
-#[derive(Debug)]
-struct OwnDirectory(PathBuf);
-
-impl OwnDirectory {
-    fn new() -> Result<Self, Error> {
-        let base =
-            std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-        let path = base.join(format!("vmm-{}", std::process::id()));
-        match rustix::fs::mkdir(&path, rustix::fs::Mode::RWXU) {
-            Ok(()) => Ok(Self(path)),
-            Err(e) => Err(Error::Directory {
-                path,
-                source: e.into(),
-            }),
-        }
-    }
-}
-
-impl Drop for OwnDirectory {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            log::warn!("cannot remove {}: {error}", self.0.display());
-        }
-    }
+/// A directory with a name that cannot be guessed, which only this user can
+/// enter. It is removed with the value.
+fn own_directory() -> Result<TempDir, Error> {
+    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    tempfile::Builder::new()
+        .prefix("vmm-")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(&base)
+        .map_err(|source| Error::Directory { path: base, source })
 }
 
 #[cfg(test)]
@@ -130,6 +117,12 @@ mod tests {
             .pool_stat()
             .unwrap();
         assert_eq!(stat.geometry.data_len, 4 << 20);
+        let directory = socket.parent().unwrap();
+        let mode = directory.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        // The number of the process, which anybody can guess, is not its name.
+        let guessed = format!("vmm-{}", std::process::id());
+        assert!(!directory.ends_with(guessed), "{directory:?}");
         drop(service);
         assert!(!socket.exists() && !socket.parent().unwrap().exists());
     }
