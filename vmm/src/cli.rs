@@ -53,6 +53,9 @@ pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMM_LOG", "warn"))
         .format_target(false)
         .init();
+    if let Err(error) = crate::signals::ignore_file_size_limit() {
+        log::warn!("a file that grows too large may end this process: {error}");
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

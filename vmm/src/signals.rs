@@ -7,6 +7,20 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 
 const SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
+/// Ignores SIGXFSZ. A write beyond the limit on the size of files then fails
+/// as any other does: a disk request of the guest, not the whole run.
+///
+/// # Errors
+///
+/// The host refuses.
+pub fn ignore_file_size_limit() -> io::Result<()> {
+    // SAFETY: ignoring a signal installs no code.
+    match unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// A file descriptor that becomes readable with a signal.
 #[derive(Debug)]
 pub struct Signals(File);

@@ -15,12 +15,21 @@ use std::sync::OnceLock;
 static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 
 const TERMINAL: i32 = libc::STDIN_FILENO;
-const FATAL_SIGNALS: [i32; 5] = [
+/// What ends a process by default, without the signals that the main thread
+/// waits for.
+const FATAL_SIGNALS: [i32; 12] = [
     libc::SIGSEGV,
     libc::SIGBUS,
     libc::SIGILL,
     libc::SIGFPE,
     libc::SIGABRT,
+    libc::SIGTRAP,
+    libc::SIGSYS,
+    libc::SIGXCPU,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
 ];
 
 /// A terminal that could not be switched.

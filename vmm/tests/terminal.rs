@@ -111,7 +111,19 @@ fn terminal_is_restored_after_a_panic_of_another_thread() {
 #[test]
 fn terminal_is_restored_after_fatal_signals() {
     assert_eq!(run("abort").signal(), Some(libc::SIGABRT));
-    for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE] {
+    for signal in [
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGTRAP,
+        libc::SIGSYS,
+        libc::SIGXCPU,
+        libc::SIGALRM,
+        libc::SIGVTALRM,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+    ] {
         assert_eq!(run(&signal.to_string()).signal(), Some(signal));
     }
 }
