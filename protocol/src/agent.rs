@@ -289,27 +289,33 @@ impl Failure {
     }
 }
 
-/// Reads a number of bytes as people write it: decimal or `0x`, with K, M, G
-/// or T for powers of 1024.
+/// Reads a number of bytes: decimal, or hexadecimal with `0x`, and perhaps K,
+/// M, G or T (as K, KB or KiB, in either case).
 ///
 /// # Errors
-/// A message that says what would be right.
+/// Anything else, and numbers of 2^64 and more; the text says what is right.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
-        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
-        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
-        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
+    let bad =
+        || format!("{text:?} is not a number of bytes such as 4096, 0x1000, 512K, 2M or 1GiB");
+    let (digits, radix) = match text.strip_prefix("0x") {
+        Some(digits) => (digits, 16),
+        None => (text, 10),
     };
-    let number = match digits.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16),
-        None => digits.parse(),
+    let end = digits
+        .find(|c: char| !c.is_digit(radix))
+        .unwrap_or(digits.len());
+    let (number, suffix) = digits.split_at(end);
+    let shift = match suffix.to_ascii_uppercase().as_str() {
+        // In hexadecimal, B is a digit.
+        "" | "B" => 0,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return Err(bad()),
     };
-    number
-        .ok()
-        .and_then(|n| n.checked_mul(1 << shift))
-        .ok_or_else(|| format!("{text:?} is not a number of bytes such as 4096, 0x1000, 2M or 1G"))
+    let number = u64::from_str_radix(number, radix).map_err(|_| bad())?;
+    number.checked_mul(1 << shift).ok_or_else(bad)
 }
 
 #[cfg(test)]
@@ -318,9 +324,34 @@ mod tests {
 
     #[test]
     fn bytes_take_suffixes_and_refuse_the_rest() {
-        assert_eq!(parse_bytes("2M"), Ok(2 << 20));
-        assert_eq!(parse_bytes("0x10G"), Ok(16 << 30));
-        for text in ["", "M", "1X", "-1", "99999999T"] {
+        for (text, bytes) in [
+            ("4096", 4096),
+            ("4096B", 4096),
+            ("0x1000", 4096),
+            ("0x1B", 27),
+            ("64KiB", 65536),
+            ("64kb", 65536),
+            ("2M", 2 << 20),
+            ("2g", 2 << 30),
+            ("0x10G", 16 << 30),
+            ("16T", 16 << 40),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        let bad = [
+            "",
+            "M",
+            "0x",
+            "1X",
+            "-1",
+            "+1",
+            "1.5G",
+            "1 G",
+            "1GG",
+            "99999999T",
+            "0xfG0",
+        ];
+        for text in bad {
             assert!(parse_bytes(text).is_err(), "{text}");
         }
     }
