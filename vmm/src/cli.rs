@@ -86,8 +86,11 @@ pub fn main() -> ExitCode {
 }
 
 fn run_pool(args: pool::Pool) -> Result<ExitCode, Failure> {
-    args.run()?;
-    Ok(ExitStatus::Success.into())
+    match args.run() {
+        Ok(()) => Ok(ExitStatus::Success.into()),
+        Err(error) if error.is_usage() => Err(Failure::usage(error)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// An error and the exit status it leads to.

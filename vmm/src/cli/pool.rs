@@ -10,12 +10,14 @@ use mshare_pool::broker::{Broker, BrokerError};
 use mshare_pool::client::Client;
 use mshare_pool::layout::PoolConfig;
 use mshare_pool::server::{Listener, Options, Server, ServerError, Start};
+use mshare_protocol::agent::parse_bytes;
 use mshare_protocol::broker::{PoolStat, Region};
 use mshare_protocol::entry::Prot;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::config::MemorySize;
 use crate::launch::PageSize;
+use crate::patience::Wait;
 use crate::signals::Signals;
 
 /// Arguments of `vmm pool`.
@@ -35,7 +37,7 @@ pub struct Pool {
     #[arg(long, value_name = "SIZE")]
     size: Option<MemorySize>,
     /// Guest-physical address of the window; a multiple of 1 GiB.
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address, requires = "size")]
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_bytes, requires = "size")]
     window: Option<u64>,
     /// Size of the pages by which regions are mapped: 4K, or 2M where protections
     /// are the same for 2 MiB.
@@ -70,7 +72,7 @@ enum Action {
         /// Its name.
         name: String,
         /// Its address in every process; a multiple of 1 GiB.
-        #[arg(long, value_parser = parse_address)]
+        #[arg(long, value_parser = parse_bytes)]
         address: u64,
         /// Its length; a multiple of 2 MiB.
         #[arg(long)]
@@ -91,7 +93,7 @@ enum Action {
         /// The file.
         file: PathBuf,
         /// Byte offset in the region.
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value = "0", value_parser = parse_bytes)]
         offset: u64,
     },
     /// Write a region's contents to standard output.
@@ -99,10 +101,10 @@ enum Action {
         /// The region.
         name: String,
         /// Byte offset in the region.
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value = "0", value_parser = parse_bytes)]
         offset: u64,
         /// Bytes; all the rest if not given.
-        #[arg(long)]
+        #[arg(long, value_parser = parse_bytes)]
         len: Option<u64>,
     },
     /// Change what every process of every guest may do with a range.
@@ -113,10 +115,10 @@ enum Action {
         #[arg(value_parser = parse_prot)]
         prot: Prot,
         /// Byte offset, page multiple.
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value = "0", value_parser = parse_bytes)]
         offset: u64,
         /// Bytes, page multiple; all the rest if not given.
-        #[arg(long)]
+        #[arg(long, value_parser = parse_bytes)]
         len: Option<u64>,
     },
     /// Free the memory of a range; it reads as zero afterwards.
@@ -124,10 +126,10 @@ enum Action {
         /// The region.
         name: String,
         /// Byte offset, page multiple.
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value = "0", value_parser = parse_bytes)]
         offset: u64,
         /// Bytes, page multiple; all the rest if not given.
-        #[arg(long)]
+        #[arg(long, value_parser = parse_bytes)]
         len: Option<u64>,
     },
 }
@@ -138,6 +140,9 @@ pub enum Error {
     /// Neither a broker nor a request.
     #[error("nothing to do: give --size to run a broker, or a command such as ls; see --help")]
     Nothing,
+    /// A broker and a request at once.
+    #[error("--size, --window, --pages and --recover run a broker; leave them out to ask one")]
+    Both,
     /// No socket.
     #[error("--socket PATH is needed")]
     NoSocket,
@@ -170,6 +175,13 @@ pub enum Error {
     Json(#[from] serde_json::Error),
 }
 
+impl Error {
+    /// Whether the command line is wrong.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Nothing | Self::Both | Self::NoSocket)
+    }
+}
+
 impl Pool {
     /// Does what the arguments ask for.
     ///
@@ -179,7 +191,15 @@ impl Pool {
     pub fn run(self) -> Result<(), Error> {
         let socket = self.socket.ok_or(Error::NoSocket)?;
         if let Some(action) = self.action {
-            return act(&admin::connect(&socket)?, action, &mut io::stdout().lock());
+            // clap cannot refuse some options beside a subcommand and take
+            // others.
+            if self.size.is_some() || self.recover {
+                return Err(Error::Both);
+            }
+            let wait = Wait::broker(&socket);
+            let client = admin::connect(&socket)?;
+            drop(wait);
+            return act(&client, action, &mut io::stdout().lock());
         }
         // Only a broker reads them: whoever asks one is ended by the signal
         // itself, whatever it waits for. Before there are threads, which
@@ -364,11 +384,6 @@ fn describe_pool(stat: &PoolStat, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "guests    {}", stat.guests.join(", "))
 }
 
-fn parse_address(text: &str) -> Result<u64, String> {
-    crate::launch::address(text)
-        .ok_or_else(|| "give a number, decimal or hexadecimal with 0x".to_owned())
-}
-
 fn parse_mode(text: &str) -> Result<u32, String> {
     u32::from_str_radix(text, 8)
         .ok()
@@ -382,5 +397,47 @@ fn parse_prot(text: &str) -> Result<Prot, String> {
         "r" => Ok(Prot::Read),
         "rw" => Ok(Prot::ReadWrite),
         _ => Err("give none, r or rw".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        pool: Pool,
+    }
+
+    fn parse(words: &str) -> Pool {
+        let argv = format!("pool --socket /nonexistent/s {words}");
+        Cli::try_parse_from(argv.split(' ')).unwrap().pool
+    }
+
+    #[test]
+    fn addresses_offsets_and_lengths_take_units() {
+        let action = parse("create a --address 16T --len 0x200000").action;
+        let Some(Action::Create { address, len, .. }) = action else {
+            panic!("{action:?}")
+        };
+        assert_eq!((address, len.0), (16 << 40, 2 << 20));
+        let action = parse("protect a r --offset 2M --len 64KiB").action;
+        let Some(Action::Protect { offset, len, .. }) = action else {
+            panic!("{action:?}")
+        };
+        assert_eq!((offset, len), (2 << 20, Some(64 << 10)));
+        assert_eq!(parse("--size 1G --window 512G").window, Some(512 << 30));
+    }
+
+    #[test]
+    fn broker_and_request_at_once_are_refused() {
+        for words in ["--size 1G ls", "--recover ls", "--size 1G --pages 2M rm a"] {
+            let error = parse(words).run().unwrap_err();
+            assert!(matches!(error, Error::Both), "{words}: {error}");
+            assert!(error.is_usage());
+        }
+        assert!(!parse("ls").run().unwrap_err().is_usage());
     }
 }
