@@ -18,6 +18,9 @@ use mshare_protocol::agent::{
 };
 use mshare_protocol::frame::{self, FrameError};
 
+/// Most bytes of a file in one answer.
+pub const MAX_FILE: usize = frame::MAX_FRAME / 2;
+
 /// How long an answer may take unless [`AgentClient::set_timeout`] says
 /// otherwise; more than the agent allows for an operation.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
@@ -357,7 +360,7 @@ impl AgentClient {
         expect!(self.call(&Request::Exec(exec))?, Reply::Exec(result) => result)
     }
 
-    /// Reads a file of the guest, at most 2 MiB of it.
+    /// Reads a file of the guest, at most [`MAX_FILE`] bytes of it.
     ///
     /// # Errors
     /// See [`Self::info`].

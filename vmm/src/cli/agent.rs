@@ -12,7 +12,7 @@ use mshare_protocol::agent::{
 };
 use serde::Serialize;
 
-use crate::agent_client::{AgentClient, AgentError};
+use crate::agent_client::{AgentClient, AgentError, MAX_FILE};
 
 /// Arguments of `vmm agent`.
 #[derive(Debug, Args)]
@@ -68,7 +68,8 @@ enum Command {
     /// Processes that attach a region and stay
     #[command(subcommand)]
     Group(Group),
-    /// Print a file
+    /// Print a file of less than 2 MiB; of a larger one the first 2 MiB, with
+    /// status 1
     Cat {
         /// Path in the guest
         path: String,
@@ -234,6 +235,15 @@ pub enum CommandError {
     /// The request is not one.
     #[error("the request is not valid JSON for a request of the agent protocol")]
     Request(#[source] serde_json::Error),
+    /// A file that one answer does not hold.
+    #[error(
+        "{path} has {MAX_FILE} bytes or more; no more than the first {MAX_FILE} were printed \
+         (parts of it: vmm agent ... exec tail -c +N {path})"
+    )]
+    Cut {
+        /// The file.
+        path: String,
+    },
     /// The answer cannot be shown.
     #[error("cannot print the answer")]
     Output(#[from] io::Error),
@@ -273,7 +283,18 @@ pub fn run(args: &AgentArgs) -> Result<ExitCode, CommandError> {
         print_reply(&mut out, &reply)?;
     }
     out.flush()?;
+    check_whole(&reply, &args.command)?;
     Ok(status(&reply, &args.command))
+}
+
+/// Whether a file that was printed may have more than that.
+fn check_whole(reply: &Reply, command: &Command) -> Result<(), CommandError> {
+    match (reply, command) {
+        (Reply::Bytes(bytes), Command::Cat { path }) if bytes.len() >= MAX_FILE => {
+            Err(CommandError::Cut { path: path.clone() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The request for a command.
@@ -546,6 +567,16 @@ mod tests {
             prot: 1,
         }));
         assert_eq!(parse("mshare protect pool/a --len 2M --prot r"), expected);
+    }
+
+    #[test]
+    fn file_that_fills_an_answer_is_an_error() {
+        let command = Command::Cat { path: "/f".into() };
+        let whole = Reply::Bytes(vec![0; MAX_FILE - 1]);
+        check_whole(&whole, &command).unwrap();
+        let error = check_whole(&Reply::Bytes(vec![0; MAX_FILE]), &command).unwrap_err();
+        assert!(error.to_string().contains("/f has 2097152 bytes or more"));
+        check_whole(&Reply::Bytes(vec![0; MAX_FILE]), &Command::Ping).unwrap();
     }
 
     #[test]
