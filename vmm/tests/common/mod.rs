@@ -34,6 +34,7 @@ pub fn kernel(dir: &Path) -> String {
     put(0x206, &0x020f_u16.to_le_bytes());
     put(0x211, &[1]);
     put(0x236, &1_u16.to_le_bytes());
+    put(0x238, &2047_u32.to_le_bytes());
     put(0x258, &0x100_0000_u64.to_le_bytes());
     put(0x260, &0x20_0000_u32.to_le_bytes());
     // The 64-bit entry: two sectors of setup code, then 0x200 bytes. mov dx,
