@@ -50,7 +50,7 @@ pub fn main() {
         Err(e) => say!("agent: cannot start: {e}"),
     }
     // PID 1 must not return: the kernel would panic.
-    power::switch(Power::Off);
+    power::force(Power::Off);
     loop {
         thread::park();
     }

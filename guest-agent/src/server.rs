@@ -145,7 +145,7 @@ impl Agent {
             {
                 // Let the reply leave before its sender is gone.
                 thread::sleep(Duration::from_millis(20));
-                power::switch(switch);
+                power::switch(switch, self.reaper);
             }
         }
     }
