@@ -224,7 +224,7 @@ fn octal(text: &str) -> Result<u32, String> {
 fn serve(listen: &Listen, allow_power: bool) -> Result<(), Failure> {
     let reaper = reaper().map_err(|e| Failure::os("start a thread", &e))?;
     let agent = Arc::new(Agent::new(reaper, allow_power));
-    server::listen(listen, &agent).map_err(|e| Failure::os(format!("listen on {listen}"), &e))?;
+    server::listen(listen, &agent).map_err(|e| Failure::new(e.to_string()))?;
     println!("agent: ready");
     loop {
         thread::park();

@@ -61,7 +61,7 @@ fn start() -> io::Result<&'static Reaper> {
     let listen = Listen::default();
     let agent = Arc::new(Agent::new(reaper, true));
     if let Err(e) = server::listen(&listen, &agent) {
-        say!("agent: cannot listen on {listen}: {e}");
+        say!("agent: {e}");
     }
     Ok(reaper)
 }

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{self, AssertUnwindSafe};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::thread;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use mshare_protocol::agent::{Failure, PORT, Reply, Request, Response};
 use mshare_protocol::frame::{self, FrameError};
-use vsock::{VMADDR_CID_ANY, VsockListener};
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 use crate::groups::Groups;
 use crate::power::{self, Power};
@@ -23,7 +24,7 @@ use crate::{exec, figures};
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// A vsock port, from any host.
+    /// A vsock port, for the host alone.
     Vsock(u32),
     /// A unix socket.
     Unix(PathBuf),
@@ -56,6 +57,28 @@ impl fmt::Display for Listen {
             Self::Unix(path) => write!(f, "{}", path.display()),
         }
     }
+}
+
+/// Why nobody can be listened to.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody answers there.
+    #[error("cannot listen on {0:?}: another process does; choose another path")]
+    InUse(PathBuf),
+    /// Something else has the name.
+    #[error(
+        "cannot listen on {0:?}: the file exists and is not a socket; remove it or choose \
+         another path"
+    )]
+    NotASocket(PathBuf),
+    /// The system refuses.
+    #[error("cannot listen on {at}: {source}")]
+    System {
+        /// Where.
+        at: Listen,
+        /// What it said.
+        source: io::Error,
+    },
 }
 
 /// What all connections share.
@@ -177,39 +200,79 @@ fn list_dir(path: &str) -> io::Result<Vec<String>> {
 ///
 /// # Errors
 /// If the address cannot be listened at.
-pub fn listen(at: &Listen, agent: &Arc<Agent>) -> io::Result<()> {
+pub fn listen(at: &Listen, agent: &Arc<Agent>) -> Result<(), ListenError> {
     let agent = Arc::clone(agent);
+    let fail = |source| ListenError::System {
+        at: at.clone(),
+        source,
+    };
     match at {
         Listen::Vsock(port) => {
-            let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, *port)?;
-            accept_all(agent, move || Ok(listener.accept()?.0))
+            let listener =
+                VsockListener::bind_with_cid_port(VMADDR_CID_ANY, *port).map_err(fail)?;
+            let accept = move || {
+                let (stream, peer) = listener.accept()?;
+                Ok(may_ask(peer.cid()).then_some(stream))
+            };
+            accept_all(agent, accept).map_err(fail)
         }
         Listen::Unix(path) => {
-            // A socket that a dead agent left behind is in the way.
-            if let Err(e) = fs::remove_file(path)
-                && e.kind() != io::ErrorKind::NotFound
-            {
-                return Err(e);
+            let listener = match UnixListener::bind(path) {
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+                    remove_dead_socket(path, fail)?;
+                    UnixListener::bind(path)
+                }
+                result => result,
             }
-            let listener = UnixListener::bind(path)?;
-            accept_all(agent, move || Ok(listener.accept()?.0))
+            .map_err(fail)?;
+            accept_all(agent, move || Ok(Some(listener.accept()?.0))).map_err(fail)
         }
+    }
+}
+
+/// Who is behind a vsock connection may have root here: the host may. By way of
+/// the loopback any user of the machine could be.
+fn may_ask(cid: u32) -> bool {
+    cid == VMADDR_CID_HOST
+}
+
+/// Removes the socket that a dead agent left at `path`, and nothing else.
+fn remove_dead_socket(
+    path: &Path,
+    fail: impl Fn(io::Error) -> ListenError,
+) -> Result<(), ListenError> {
+    let kind = fs::symlink_metadata(path).map_err(&fail)?.file_type();
+    if !kind.is_socket() {
+        return Err(ListenError::NotASocket(path.into()));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(fail)
+        }
+        Ok(_) => Err(ListenError::InUse(path.into())),
+        Err(e) => Err(fail(e)),
     }
 }
 
 fn accept_all<S: Read + Write + Send + 'static>(
     agent: Arc<Agent>,
-    accept: impl Fn() -> io::Result<S> + Send + 'static,
+    accept: impl Fn() -> io::Result<Option<S>> + Send + 'static,
 ) -> io::Result<()> {
     let serve = move || {
         loop {
             let started = accept().and_then(|stream| {
+                // One that may not ask is closed without a word: it must not be
+                // able to fill the console, or to keep the host waiting.
+                let Some(stream) = stream else { return Ok(()) };
                 let agent = Arc::clone(&agent);
-                thread::Builder::new().name("client".into()).spawn(move || {
-                    if let Err(e) = agent.converse(stream) {
-                        say!("agent: a connection ended: {e}");
-                    }
-                })
+                let client = thread::Builder::new().name("client".into());
+                client
+                    .spawn(move || {
+                        if let Err(e) = agent.converse(stream) {
+                            say!("agent: a connection ended: {e}");
+                        }
+                    })
+                    .map(drop)
             });
             if let Err(e) = started {
                 // No memory or no descriptors: others may give some back.
@@ -220,4 +283,18 @@ fn accept_all<S: Read + Write + Send + 'static>(
     };
     thread::Builder::new().name("listen".into()).spawn(serve)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_host_may_ask_over_vsock() {
+        assert!(may_ask(2));
+        // The loopback, this guest itself, another guest.
+        for cid in [1, 3, 4, u32::MAX] {
+            assert!(!may_ask(cid), "{cid}");
+        }
+    }
 }

@@ -29,7 +29,10 @@ struct Agent {
 
 impl Agent {
     fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap())
+    }
+
+    fn start_in(dir: tempfile::TempDir) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_guest-agent"))
             .arg("serve")
             .arg("--listen")
@@ -431,6 +434,43 @@ fn files_are_read_written_and_listed() {
     let path = agent.dir.path().display().to_string();
     let names = client.call(&Request::ListDir { path });
     assert_eq!(names, Ok(Reply::Names(vec!["agent".into(), "f".into()])));
+}
+
+/// `guest-agent` with these arguments: its status and what it says.
+fn by_hand(args: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_guest-agent"))
+        .args(args)
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&said).into_owned(),
+    )
+}
+
+#[test]
+fn socket_that_lives_and_files_are_not_taken_and_a_dead_socket_is() {
+    let agent = Agent::start();
+    let path = |name: &str| agent.dir.path().join(name);
+    let serve = |name: &str| {
+        let listen = format!("unix:{}", path(name).display());
+        by_hand(&["serve", "--listen", &listen])
+    };
+    let (status, said) = serve("agent");
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("another process does"), "{said}");
+    std::fs::write(path("file"), "precious").unwrap();
+    let (status, said) = serve("file");
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("not a socket"), "{said}");
+    assert_eq!(std::fs::read(path("file")).unwrap(), b"precious");
+    // The first agent still answers at its socket.
+    assert!(agent.connect().call(&Request::Info).is_ok());
+
+    let dir = tempfile::tempdir().unwrap();
+    drop(std::os::unix::net::UnixListener::bind(dir.path().join("agent")).unwrap());
+    assert!(Agent::start_in(dir).connect().call(&Request::Info).is_ok());
 }
 
 #[test]
