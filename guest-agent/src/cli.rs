@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mshare_protocol::agent::{
-    Failure, MSHAREFS, Map, MemOp, Op, OpError, Outcome, RegionOp, Run, StartGroup, Value,
-    parse_bytes,
+    Failure, MSHAREFS, Map, MemOp, Op, OpError, Outcome, RegionOp, Run, SpinKind, StartGroup,
+    Value, parse_bytes,
 };
+
 
 use crate::groups::Groups;
 use crate::reaper::reaper;
@@ -166,7 +167,7 @@ struct Work {
     /// Seed of the pattern
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Seconds to stay attached afterwards
+    /// Seconds that the step `hold` takes; without it, to stay attached afterwards
     #[arg(long, default_value_t = 0)]
     hold: u64,
     /// What each process does, in this order
@@ -188,6 +189,16 @@ enum Step {
     Zero,
     /// Print figures of the processes
     Figures,
+    /// Read the first word again and again, in the background
+    SpinRead,
+    /// Write it again and again, in the background
+    SpinWrite,
+    /// Let --hold seconds pass
+    Hold,
+    /// Print what the spinning processes have seen
+    Status,
+    /// End the spinning and print what it has seen
+    Stop,
 }
 
 impl Cli {
@@ -358,28 +369,23 @@ fn run_work(work: &Work) -> Result<(), Failure> {
         if bad > 0 {
             break;
         }
-        let Some(mem) = step.op(work.seed) else {
-            let figures = figures::figures(&groups.list())?;
-            for p in figures.processes {
-                println!(
-                    "process {}: page tables {} KiB, resident {} KiB, minor faults {}, major {}",
-                    p.process, p.vm_pte_kib, p.rss_kib, p.minflt, p.majflt
-                );
+        let Some(op) = step.op(work.seed) else {
+            match step {
+                Step::Hold => thread::sleep(Duration::from_secs(work.hold)),
+                _ => print_processes(&groups)?,
             }
             continue;
         };
         bad += report(groups.run(&Run {
             group: "work".into(),
             process: None,
-            op: Op::Mem {
-                slot: 0,
-                offset: 0,
-                mem,
-            },
+            op,
             timeout_ms: 600_000,
         })?);
     }
-    thread::sleep(Duration::from_secs(work.hold));
+    if !work.steps.iter().any(|step| matches!(step, Step::Hold)) {
+        thread::sleep(Duration::from_secs(work.hold));
+    }
     groups.stop("work", false)?;
     match bad {
         0 => Ok(()),
@@ -387,10 +393,21 @@ fn run_work(work: &Work) -> Result<(), Failure> {
     }
 }
 
+fn print_processes(groups: &Groups) -> Result<(), Failure> {
+    for p in figures::figures(&groups.list())?.processes {
+        println!(
+            "process {}: page tables {} KiB, resident {} KiB, minor faults {}, major {}",
+            p.process, p.vm_pte_kib, p.rss_kib, p.minflt, p.majflt
+        );
+    }
+    Ok(())
+}
+
 impl Step {
-    fn op(self, seed: u64) -> Option<MemOp> {
+    /// What the processes are asked for it, if they are.
+    fn op(self, seed: u64) -> Option<Op> {
         let (len, stride) = (0, 4096);
-        Some(match self {
+        let mem = match self {
             Self::Read => MemOp::Touch {
                 len,
                 stride,
@@ -404,8 +421,13 @@ impl Step {
             Self::Fill => MemOp::Fill { len, seed },
             Self::Verify => MemOp::Verify { len, seed },
             Self::Zero => MemOp::VerifyZero { len },
-            Self::Figures => return None,
-        })
+            Self::SpinRead => MemOp::Spin(SpinKind::Read),
+            Self::SpinWrite => MemOp::Spin(SpinKind::Write),
+            Self::Status => return Some(Op::SpinStatus),
+            Self::Stop => return Some(Op::SpinStop),
+            Self::Figures | Self::Hold => return None,
+        };
+        Some(Op::mem(0, mem))
     }
 }
 
@@ -416,6 +438,7 @@ fn report(outcomes: Vec<Outcome>) -> usize {
         println!("{outcome}");
         bad += usize::from(match outcome.result {
             Ok(Value::Verified(seen)) => seen.bad > 0,
+            Ok(Value::Spin(spin)) => spin.fault.is_some(),
             Ok(_) => false,
             Err(_) => true,
         });

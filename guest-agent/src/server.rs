@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{self, AssertUnwindSafe};
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use mshare_protocol::agent::{Failure, PORT, Reply, Request, Response};
+use mshare_protocol::agent::{Failure, MAX_READ, PORT, Reply, Request, Response};
 use mshare_protocol::frame::{self, FrameError};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
@@ -119,7 +119,9 @@ impl Agent {
             Request::Interrupts => figures::interrupts().map(Reply::Interrupts),
             Request::Dmesg { lines } => figures::dmesg(lines).map(Reply::Dmesg),
             Request::Exec(command) => exec::run(command, self.reaper).map(Reply::Exec),
-            Request::ReadFile { path, max } => read_file(&path, max).map(Reply::Bytes),
+            Request::ReadFile { path, offset, max } => {
+                read_file(&path, offset, max).map(Reply::Bytes)
+            }
             Request::WriteFile { path, data } => fs::write(&path, data)
                 .map(|()| Reply::Done)
                 .map_err(|e| Failure::os(format_args!("write {path}"), &e)),
@@ -179,13 +181,19 @@ fn panic_on_request() -> Response {
     panic!("a client asked for a panic")
 }
 
-fn read_file(path: &str, max: u32) -> Result<Vec<u8>, Failure> {
-    let limit = u64::from(max).min(frame::MAX_FRAME as u64 / 2);
-    let mut bytes = Vec::new();
-    fs::File::open(path)
-        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
-        .map_err(|e| Failure::os(format_args!("read {path}"), &e))?;
-    Ok(bytes)
+fn read_file(path: &str, offset: u64, max: u32) -> Result<Vec<u8>, Failure> {
+    let read = || {
+        let mut bytes = Vec::new();
+        let mut file = fs::File::open(path)?;
+        // What has no offsets, such as a pipe, can be read from the start.
+        if offset > 0 {
+            file.seek(SeekFrom::Start(offset))?;
+        }
+        file.take(max.min(MAX_READ).into())
+            .read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().map_err(|e| Failure::os(format_args!("read {path} at {offset:#x}"), &e))
 }
 
 fn list_dir(path: &str) -> io::Result<Vec<String>> {

@@ -429,8 +429,14 @@ fn files_are_read_written_and_listed() {
         data,
     };
     assert_eq!(client.call(&write), Ok(Reply::Done));
-    let read = Request::ReadFile { path, max: 4 };
-    assert_eq!(client.call(&read), Ok(Reply::Bytes(b"word".to_vec())));
+    for (offset, max, piece) in [(0, 4, "word"), (3, 9, "ds"), (5, 9, ""), (9, 9, "")] {
+        let read = Request::ReadFile {
+            path: path.clone(),
+            offset,
+            max,
+        };
+        assert_eq!(client.call(&read), Ok(Reply::Bytes(piece.into())));
+    }
     let path = agent.dir.path().display().to_string();
     let names = client.call(&Request::ListDir { path });
     assert_eq!(names, Ok(Reply::Names(vec!["agent".into(), "f".into()])));
@@ -471,6 +477,34 @@ fn socket_that_lives_and_files_are_not_taken_and_a_dead_socket_is() {
     let dir = tempfile::tempdir().unwrap();
     drop(std::os::unix::net::UnixListener::bind(dir.path().join("agent")).unwrap());
     assert!(Agent::start_in(dir).connect().call(&Request::Info).is_ok());
+}
+
+#[test]
+fn work_by_hand_spins_until_it_is_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("data").display().to_string();
+    let work = |ro: &[&str], steps: &str| {
+        let mut args = vec!["work", &file, "--file", "--len", "8K", "-n", "2"];
+        args.extend(["--hold", "1"]);
+        args.extend(ro);
+        args.extend(steps.split(' '));
+        by_hand(&args)
+    };
+    let (status, said) = work(&[], "spin-write hold status stop read");
+    assert_eq!(status, Some(0), "{said}");
+    let count = |words: &str| said.matches(words).count();
+    assert_eq!(count("spinning after"), 2, "{said}");
+    assert_eq!(count("stopped after"), 2, "{said}");
+    assert_eq!(count(" after 0 accesses"), 0, "{said}");
+    // Written last, so it is read by all.
+    let word = std::fs::read(&file).unwrap();
+    assert_ne!(word[..8], [0; 8]);
+    let (status, said) = work(&[], "spin-read hold stop");
+    assert_eq!(status, Some(0), "{said}");
+    // Nobody may write: a fault is a finding.
+    let (status, said) = work(&["--ro"], "spin-write hold stop");
+    assert_eq!(status, Some(1), "{said}");
+    assert_eq!(said.matches("by signal 11").count(), 2, "{said}");
 }
 
 #[test]

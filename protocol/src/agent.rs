@@ -24,13 +24,16 @@ pub use op::*;
 pub use outcome::*;
 
 /// Version of these messages; both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Vsock port of the agent.
 pub const PORT: u32 = 1024;
 /// Where msharefs is mounted.
 pub const MSHAREFS: &str = "/sys/fs/mshare";
 /// Longest output of a command that is kept, in bytes, for each stream.
 pub const MAX_OUTPUT: usize = 1 << 20;
+
+/// Most bytes of a file that one request reads: half a frame.
+pub const MAX_READ: u32 = 2 << 20;
 
 /// Answer to a [`Request`].
 pub type Response = Result<Reply, Failure>;
@@ -73,10 +76,13 @@ pub enum Request {
     },
     /// Run a command: [`Reply::Exec`].
     Exec(Exec),
-    /// Read a file, at most `max` bytes of it: [`Reply::Bytes`].
+    /// Read a piece of a file: [`Reply::Bytes`]. It is shorter than `max` and
+    /// [`MAX_READ`] only where the file ends.
     ReadFile {
         /// Path.
         path: String,
+        /// Where the piece begins.
+        offset: u64,
         /// Bytes.
         max: u32,
     },
@@ -317,6 +323,8 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let number = u64::from_str_radix(number, radix).map_err(|_| bad())?;
     number.checked_mul(1 << shift).ok_or_else(bad)
 }
+
+const _: () = assert!(MAX_READ as usize <= crate::frame::MAX_FRAME / 2);
 
 #[cfg(test)]
 mod tests {

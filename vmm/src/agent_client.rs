@@ -13,13 +13,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mshare_protocol::agent::{
-    Exec, ExecResult, Failure, Figures, GroupInfo, Info, LogLine, Map, Op, OpError, Outcome, PORT,
-    RegionOp, Reply, Request, Response, Run, StartGroup, VERSION, Value,
+    Exec, ExecResult, Failure, Figures, GroupInfo, Info, LogLine, MAX_READ, Map, Op, OpError,
+    Outcome, PORT, RegionOp, Reply, Request, Response, Run, StartGroup, VERSION, Value,
 };
 use mshare_protocol::frame::{self, FrameError};
-
-/// Most bytes of a file in one answer.
-pub const MAX_FILE: usize = frame::MAX_FRAME / 2;
 
 /// How long an answer may take unless [`AgentClient::set_timeout`] says
 /// otherwise; more than the agent allows for an operation.
@@ -360,14 +357,31 @@ impl AgentClient {
         expect!(self.call(&Request::Exec(exec))?, Reply::Exec(result) => result)
     }
 
-    /// Reads a file of the guest, at most [`MAX_FILE`] bytes of it.
+    /// Reads a file of the guest.
     ///
     /// # Errors
     /// See [`Self::info`].
     pub fn read_file(&mut self, path: &str) -> Result<Vec<u8>, AgentError> {
+        let mut whole = Vec::new();
+        loop {
+            let piece = self.read_piece(path, whole.len() as u64, MAX_READ)?;
+            whole.extend_from_slice(&piece);
+            if piece.len() < MAX_READ as usize {
+                return Ok(whole);
+            }
+        }
+    }
+
+    /// Reads a piece of a file of the guest: `max` bytes or [`MAX_READ`], and
+    /// less only where the file ends.
+    ///
+    /// # Errors
+    /// See [`Self::info`].
+    pub fn read_piece(&mut self, path: &str, offset: u64, max: u32) -> Result<Vec<u8>, AgentError> {
         let request = Request::ReadFile {
             path: path.to_owned(),
-            max: u32::MAX,
+            offset,
+            max,
         };
         expect!(self.call(&request)?, Reply::Bytes(bytes) => bytes)
     }

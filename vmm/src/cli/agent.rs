@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use mshare_protocol::agent::{
-    Exec, Figures, LogLine, Map, MemOp, O_CREAT, O_EXCL, O_RDWR, Op, Outcome, RegionOp, Reply,
-    Request, Run, StartGroup, Value, parse_bytes,
+    Exec, Figures, LogLine, MAX_READ, Map, MemOp, O_CREAT, O_EXCL, O_RDWR, Op, Outcome, RegionOp,
+    Reply, Request, Run, SpinKind, StartGroup, Value, parse_bytes,
 };
 use serde::Serialize;
 
-use crate::agent_client::{AgentClient, AgentError, MAX_FILE};
+use crate::agent_client::{AgentClient, AgentError};
 
 /// Arguments of `vmm agent`.
 #[derive(Debug, Args)]
@@ -194,6 +194,20 @@ enum Group {
         #[arg(long)]
         write: bool,
     },
+    /// Access one word again and again, in the background, until a fault or `spin-stop`
+    Spin {
+        /// How
+        how: How,
+        #[command(flatten)]
+        member: Member,
+        /// Offset of the word in the region
+        #[arg(long, value_parser = parse_bytes, default_value = "0")]
+        offset: u64,
+    },
+    /// Say what the spinning processes have seen; status 1 if a fault has ended one
+    SpinStatus(Member),
+    /// End the spinning and say what it has seen; status 1 if a fault had ended it
+    SpinStop(Member),
     /// List the groups
     List,
     /// Ask a group to exit
@@ -206,6 +220,24 @@ enum Group {
         /// Its name
         group: String,
     },
+}
+
+/// What a spinning process does.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum How {
+    /// Reads
+    Read,
+    /// Writes the number of the write
+    Write,
+}
+
+#[derive(Debug, Args)]
+struct Member {
+    /// Name of the group
+    group: String,
+    /// Only this process
+    #[arg(long)]
+    process: Option<u32>,
 }
 
 #[derive(Debug, Args)]
@@ -235,15 +267,6 @@ pub enum CommandError {
     /// The request is not one.
     #[error("the request is not valid JSON for a request of the agent protocol")]
     Request(#[source] serde_json::Error),
-    /// A file that one answer does not hold.
-    #[error(
-        "{path} has {MAX_FILE} bytes or more; no more than the first {MAX_FILE} were printed \
-         (parts of it: vmm agent ... exec tail -c +N {path})"
-    )]
-    Cut {
-        /// The file.
-        path: String,
-    },
     /// The answer cannot be shown.
     #[error("cannot print the answer")]
     Output(#[from] io::Error),
@@ -269,7 +292,14 @@ pub fn run(args: &AgentArgs) -> Result<ExitCode, CommandError> {
         client.crash()?;
         return Ok(ExitCode::SUCCESS);
     }
-    let reply = client.call(&request)?;
+    if let (Command::Cat { path }, false) = (&args.command, args.json) {
+        cat(&mut client, path)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let reply = match &args.command {
+        Command::Cat { path } => Reply::Bytes(client.read_file(path)?),
+        _ => client.call(&request)?,
+    };
     let reply = match (reply, &args.command) {
         (Reply::Dmesg(lines), Command::Dmesg { complaints, .. }) if *complaints => {
             Reply::Dmesg(lines.into_iter().filter(LogLine::is_complaint).collect())
@@ -283,21 +313,25 @@ pub fn run(args: &AgentArgs) -> Result<ExitCode, CommandError> {
         print_reply(&mut out, &reply)?;
     }
     out.flush()?;
-    check_whole(&reply, &args.command)?;
     Ok(status(&reply, &args.command))
 }
 
-/// Whether a file that was printed may have more than that.
-fn check_whole(reply: &Reply, command: &Command) -> Result<(), CommandError> {
-    match (reply, command) {
-        (Reply::Bytes(bytes), Command::Cat { path }) if bytes.len() >= MAX_FILE => {
-            Err(CommandError::Cut { path: path.clone() })
+/// Prints a file piece by piece, however long it is.
+fn cat(client: &mut AgentClient, path: &str) -> Result<(), CommandError> {
+    let mut out = io::stdout().lock();
+    let mut offset = 0;
+    loop {
+        let piece = client.read_piece(path, offset, MAX_READ)?;
+        out.write_all(&piece)?;
+        out.flush()?;
+        if piece.len() < MAX_READ as usize {
+            return Ok(());
         }
-        _ => Ok(()),
+        offset += piece.len() as u64;
     }
 }
 
-/// The request for a command.
+/// The request for a command, or for its first piece.
 fn request(command: &Command) -> Result<Request, CommandError> {
     Ok(match command {
         Command::Ping => Request::Info,
@@ -323,7 +357,8 @@ fn request(command: &Command) -> Result<Request, CommandError> {
         Command::Group(group) => group_request(group),
         Command::Cat { path } => Request::ReadFile {
             path: path.clone(),
-            max: u32::MAX,
+            offset: 0,
+            max: MAX_READ,
         },
         Command::Ls { path } => Request::ListDir { path: path.clone() },
         Command::Call { request } => {
@@ -394,6 +429,19 @@ fn group_request(group: &Group) -> Request {
                 pin: pin.clone(),
             });
         }
+        Group::Spin {
+            how,
+            member,
+            offset,
+        } => {
+            let kind = match how {
+                How::Read => SpinKind::Read,
+                How::Write => SpinKind::Write,
+            };
+            return member.run(Op::mem(*offset, MemOp::Spin(kind)));
+        }
+        Group::SpinStatus(member) => return member.run(Op::SpinStatus),
+        Group::SpinStop(member) => return member.run(Op::SpinStop),
         Group::List => return Request::ListGroups,
         Group::Stop { group } => {
             return Request::StopGroup {
@@ -438,6 +486,17 @@ fn group_request(group: &Group) -> Request {
     })
 }
 
+impl Member {
+    fn run(&self, op: Op) -> Request {
+        Request::Run(Run {
+            group: self.group.clone(),
+            process: self.process,
+            op,
+            timeout_ms: 0,
+        })
+    }
+}
+
 /// The command's own exit status, and 1 for findings that are bad.
 fn status(reply: &Reply, command: &Command) -> ExitCode {
     let bad = match reply {
@@ -456,6 +515,7 @@ fn status(reply: &Reply, command: &Command) -> ExitCode {
 fn is_bad(outcome: &Outcome) -> bool {
     match &outcome.result {
         Ok(Value::Verified(seen)) => seen.bad > 0,
+        Ok(Value::Spin(spin)) => spin.fault.is_some(),
         Ok(_) => false,
         Err(_) => true,
     }
@@ -559,6 +619,23 @@ mod tests {
     }
 
     #[test]
+    fn spin_is_for_a_group_or_one_of_its_processes() {
+        let run = |process, op| {
+            Request::Run(Run {
+                group: "g".into(),
+                process,
+                op,
+                timeout_ms: 0,
+            })
+        };
+        let spin = Op::mem(2 << 20, MemOp::Spin(SpinKind::Write));
+        assert_eq!(parse("group spin write g --offset 2M"), run(None, spin));
+        let status = run(Some(1), Op::SpinStatus);
+        assert_eq!(parse("group spin-status g --process 1"), status);
+        assert_eq!(parse("group spin-stop g"), run(None, Op::SpinStop));
+    }
+
+    #[test]
     fn protect_names_range_and_protection() {
         let expected = Request::Once(Op::Region(RegionOp::Protect {
             name: "pool/a".into(),
@@ -567,16 +644,6 @@ mod tests {
             prot: 1,
         }));
         assert_eq!(parse("mshare protect pool/a --len 2M --prot r"), expected);
-    }
-
-    #[test]
-    fn file_that_fills_an_answer_is_an_error() {
-        let command = Command::Cat { path: "/f".into() };
-        let whole = Reply::Bytes(vec![0; MAX_FILE - 1]);
-        check_whole(&whole, &command).unwrap();
-        let error = check_whole(&Reply::Bytes(vec![0; MAX_FILE]), &command).unwrap_err();
-        assert!(error.to_string().contains("/f has 2097152 bytes or more"));
-        check_whole(&Reply::Bytes(vec![0; MAX_FILE]), &Command::Ping).unwrap();
     }
 
     #[test]
