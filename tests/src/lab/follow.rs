@@ -11,15 +11,19 @@ use super::outputs::Outputs;
 use super::wire::Frame;
 use super::{BOOT_PATIENCE, Ended, Event, Lab, LabError};
 
-/// How the lab's own kernel dies of the emulator: a fault of its own, which no
-/// process in it and no guest can cause. The first is code that it patches while
-/// another CPU runs it; `docs/testing.md` has what is known of the others.
-const EMULATOR_FAULTS: [&str; 4] = [
+/// Code that the lab's kernel patches while another CPU runs it: always the
+/// emulator's fault.
+const PATCHED_CODE: &str = "Oops: int3";
+/// How else its kernel dies of the emulator, see `docs/testing.md`; but in KVM
+/// also of a mistake in KVM that our guests have found.
+const KERNEL_FAULTS: [&str; 4] = [
     "Oops: ",
     "stack guard page was hit",
     "corrupted stack end detected",
     "PANIC: double fault",
 ];
+/// In names of functions: of KVM, its modules, and of what it is told by.
+const OF_KVM: [&str; 5] = ["kvm", "svm_", "tdp_", "mmu_notifier", "[irqbypass"];
 /// Console bytes kept for messages.
 const CONSOLE_KEPT: usize = 64 * 1024;
 
@@ -188,7 +192,7 @@ impl<'a> Run<'a> {
     fn died(&mut self) -> LabError {
         let text = String::from_utf8_lossy(self.console.make_contiguous()).into_owned();
         LabError::Died {
-            emulator: EMULATOR_FAULTS.iter().any(|fault| text.contains(fault)),
+            emulator: is_of_emulator(&text),
             console: self.console_end(),
         }
     }
@@ -210,5 +214,107 @@ impl<'a> Run<'a> {
         let from = complaint.unwrap_or(lines.len().saturating_sub(LINES));
         let to = lines.len().min(from + LINES);
         lines[from..to].join("\n")
+    }
+}
+
+/// Whether a console shows a fault that only the emulator can cause: one outside
+/// of KVM, which nothing in the lab provokes.
+fn is_of_emulator(console: &str) -> bool {
+    if console.contains(PATCHED_CODE) {
+        return true;
+    }
+    let fault = KERNEL_FAULTS
+        .iter()
+        .filter_map(|fault| console.find(fault))
+        .min();
+    // The line itself is not a part of the stack.
+    fault.is_some_and(|at| !console[at..].lines().skip(1).any(is_frame_of_kvm))
+}
+
+/// Whether a line names a function of KVM, as the instruction that failed or as
+/// one of its callers: `kvm_vcpu_ioctl+0x1b/0x2a [kvm]`. Those with a question
+/// mark are remains of earlier calls.
+fn is_frame_of_kvm(line: &str) -> bool {
+    let mut words = line.split_whitespace().peekable();
+    while let Some(word) = words.next() {
+        let is_function = word
+            .split_once("+0x")
+            .is_some_and(|(_, place)| place.contains("/0x"));
+        if !is_function {
+            if word == "?" {
+                return false;
+            }
+            continue;
+        }
+        let module = words.peek().copied().unwrap_or_default();
+        return OF_KVM
+            .iter()
+            .any(|part| word.contains(part) || module.contains(part));
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trace(head: &str, rip: &str, frames: &[&str]) -> String {
+        let mut text = format!(
+            "[    3.1] kvm_amd: TSC scaling supported\n\
+             [   41.2] BUG: unable to handle page fault for address: ffffc90000f2fe58\n\
+             [   41.2] {head}\n\
+             [   41.2] CPU: 0 PID: 93 Comm: vcpu0 Not tainted 6.12.90-cloud-amd64 #1\n\
+             [   41.2] RIP: 0010:{rip}\n\
+             [   41.2] Call Trace:\n[   41.2]  <TASK>\n"
+        );
+        for frame in frames {
+            text += &format!("[   41.2]  {frame}\n");
+        }
+        text + "[   41.2] Modules linked in: kvm_amd kvm irqbypass\n\
+                [   41.2] Kernel panic - not syncing: Fatal exception\n"
+    }
+
+    #[test]
+    fn fault_outside_of_kvm_is_the_emulators() {
+        let head = "Oops: 0002 [#1] PREEMPT SMP NOPTI";
+        let frames = [
+            "? kvm_vcpu_ioctl+0x1b0/0x7a0 [kvm]",
+            "schedule+0x27/0xd0",
+            "do_syscall_64+0x82/0x190",
+        ];
+        let text = trace(head, "__schedule+0x3b6/0x14b0", &frames);
+        assert!(is_of_emulator(&text), "{text}");
+        assert!(is_of_emulator("x\nPANIC: double fault, error_code: 0x0\n"));
+        assert!(!is_of_emulator(
+            "Kernel panic - not syncing: sysrq triggered crash\n"
+        ));
+    }
+
+    #[test]
+    fn fault_in_kvm_or_below_it_is_not_the_emulators() {
+        let head = "Oops: 0000 [#1] PREEMPT SMP NOPTI";
+        let plain = "memset+0xb/0x20";
+        for (rip, frame) in [
+            ("tdp_mmu_zap_leafs+0x8a/0x1f0 [kvm]", plain),
+            (plain, "kvm_mmu_unmap_gfn_range+0x44/0x90 [kvm]"),
+            (plain, "svm_vcpu_run+0x2a1/0x8d0 [kvm_amd]"),
+            (plain, "__mmu_notifier_invalidate_range_start+0x71/0x1c0"),
+            (plain, "handle_exit+0x11/0x20 [kvm_amd]"),
+        ] {
+            let text = trace(head, rip, &["zap_pte_range+0x1/0x2", frame]);
+            assert!(!is_of_emulator(&text), "{text}");
+            let text = trace("stack guard page was hit at 0x1", rip, &[frame]);
+            assert!(!is_of_emulator(&text), "{text}");
+        }
+    }
+
+    #[test]
+    fn breakpoint_of_patched_code_is_the_emulators_wherever_it_is() {
+        let rip = "kvm_arch_vcpu_ioctl_run+0x3b6/0x14b0 [kvm]";
+        assert!(is_of_emulator(&trace(
+            "Oops: int3: 0000 [#1] SMP",
+            rip,
+            &[]
+        )));
     }
 }

@@ -181,7 +181,8 @@ pub enum LabError {
 }
 
 impl LabError {
-    /// Whether only the emulator can be the cause, see `docs/testing.md`.
+    /// Whether the emulator is the cause, as far as can be told: see
+    /// `docs/testing.md`.
     fn is_of_emulator(&self) -> bool {
         matches!(
             self,

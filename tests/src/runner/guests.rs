@@ -10,7 +10,7 @@ use mshare_protocol::report::chain;
 use super::build::{self, Kernels};
 use super::command::{self, command, pass, stream};
 use super::place::{self, LabSize, Place, Run, Said};
-use super::tally::{Reader, Tally};
+use super::tally::{Counted, Reader, Tally};
 use super::{Options, RunnerError};
 use crate::artifacts::Artifacts;
 
@@ -49,7 +49,11 @@ const PIECES_PER_LAB: usize = 4;
 const MAX_LABS: usize = 4;
 
 /// Runs the test programs; `filter` goes to them.
-pub fn guests(options: Options, kernels: Kernels, filter: &[String]) -> Result<Tally, RunnerError> {
+pub fn guests(
+    options: Options,
+    kernels: Kernels,
+    filter: &[String],
+) -> Result<Counted, RunnerError> {
     let programs = build::programs()?;
     let artifacts = build::artifacts(&programs, kernels)?;
     let mut arguments = vec!["test", "--no-run", "-p", "mshare-tests"];
@@ -58,7 +62,7 @@ pub fn guests(options: Options, kernels: Kernels, filter: &[String]) -> Result<T
     }
     let tests = command::build(&arguments)?;
     let place = place::choose(&artifacts.vmm, options.force_lab)?;
-    let mut tally = Tally::default();
+    let mut counted = Counted::default();
     for Program {
         name,
         cpus,
@@ -80,7 +84,7 @@ pub fn guests(options: Options, kernels: Kernels, filter: &[String]) -> Result<T
             Place::Lab if *divisible && filter.is_empty() => labs(),
             _ => 1,
         };
-        tally += if labs > 1 {
+        counted += if labs > 1 {
             let names = names(&program)?;
             println!("{name}: {} tests, in {labs} labs at a time", names.len());
             machine.side_by_side(labs, &names)
@@ -88,10 +92,10 @@ pub fn guests(options: Options, kernels: Kernels, filter: &[String]) -> Result<T
             machine.run(filter, &mut place::print)
         };
     }
-    if tally == Tally::default() {
+    if counted.tally == Tally::default() {
         return Err(RunnerError::NotRun("no guest test was selected"));
     }
-    Ok(tally)
+    Ok(counted)
 }
 
 /// How many labs this machine runs at a time: an emulated CPU keeps one busy.
@@ -127,7 +131,7 @@ struct Machine<'a> {
 
 impl Machine<'_> {
     /// Runs the tests that `arguments` select, one after the other.
-    fn run(self, arguments: &[String], say: &mut dyn FnMut(Said<'_>)) -> Tally {
+    fn run(self, arguments: &[String], say: &mut dyn FnMut(Said<'_>)) -> Counted {
         let mut all = vec!["--test-threads=1".to_owned()];
         all.extend_from_slice(arguments);
         let run = Run {
@@ -138,54 +142,59 @@ impl Machine<'_> {
             arguments: &all,
         };
         let mut reader = Reader::default();
+        let mut retries = 0;
         let ended = run.follow(&mut |said| {
             match said {
                 Said::Output(bytes) => reader.take(bytes),
-                Said::Again(_) => reader = Reader::default(),
+                Said::Again(_) => {
+                    reader = Reader::default();
+                    retries += 1;
+                }
                 Said::Errors(_) | Said::Note(_) => {}
             }
             say(said);
         });
         // What was counted before a lab died counts, and its death is a failure.
-        match ended {
+        let tally = match ended {
             Ok(status) => reader.end(status == 0),
             Err(error) => {
                 say(Said::Note(&chain(&error)));
                 reader.end(false)
             }
-        }
+        };
+        Counted { tally, retries }
     }
 
     /// Runs the tests of these names in `labs` labs at a time.
-    fn side_by_side(self, labs: usize, names: &[String]) -> Tally {
+    fn side_by_side(self, labs: usize, names: &[String]) -> Counted {
         let pieces = Mutex::new(pieces(names, labs * PIECES_PER_LAB));
         let next = || {
             let mut pieces = pieces.lock().unwrap_or_else(PoisonError::into_inner);
             pieces.pop_front()
         };
         let work = |number: usize| {
-            let mut tally = Tally::default();
+            let mut counted = Counted::default();
             let mut lines = Lines::new(format!("[lab {number}] "), pass);
             while let Some(piece) = next() {
                 let mut arguments = vec!["--exact".to_owned()];
                 arguments.extend_from_slice(&piece);
-                tally += expected(
-                    self.run(&arguments, &mut |said| lines.say(said)),
-                    piece.len(),
-                );
+                let mut done = self.run(&arguments, &mut |said| lines.say(said));
+                done.tally = expected(done.tally, piece.len());
+                counted += done;
                 lines.end();
             }
-            tally
+            counted
         };
         thread::scope(|scope| {
             let workers: Vec<_> = (1..=labs)
                 .map(|number| scope.spawn(move || work(number)))
                 .collect();
-            let mut tally = Tally::default();
+            let mut counted = Counted::default();
             for worker in workers {
-                tally += worker.join().unwrap_or_else(|_| Tally::check(false));
+                let done = worker.join();
+                counted += done.unwrap_or_else(|_| Tally::check(false).into());
             }
-            tally
+            counted
         })
     }
 }

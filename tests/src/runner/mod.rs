@@ -24,7 +24,7 @@ use mshare_protocol::report::chain;
 use build::Background;
 use command::{cargo, pass, stream};
 use guests::guests;
-use tally::Reader;
+use tally::{Counted, Reader};
 
 pub use bisect::{Bisect, bisect};
 pub use hooks::{Hooks, hooks};
@@ -97,35 +97,39 @@ fn project() -> &'static Path {
 /// Results so far, by stage.
 #[derive(Debug, Default)]
 struct Stages {
-    done: Vec<(&'static str, Tally, Duration, Option<String>)>,
+    done: Vec<(&'static str, Counted, Duration, Option<String>)>,
 }
 
 impl Stages {
     /// Runs a stage. An error is one failure, with its reason in the summary.
-    fn run(&mut self, name: &'static str, stage: impl FnOnce() -> Result<Tally, RunnerError>) {
+    fn run<T: Into<Counted>>(
+        &mut self,
+        name: &'static str,
+        stage: impl FnOnce() -> Result<T, RunnerError>,
+    ) {
         println!("\n--- {name}");
         let start = Instant::now();
-        let (tally, reason) = match stage() {
-            Ok(tally) => (tally, None),
+        let (counted, reason) = match stage() {
+            Ok(counted) => (counted.into(), None),
             Err(error) => {
                 let reason = chain(&error);
                 println!("{name}: {reason}");
-                (Tally::check(false), Some(reason))
+                (Tally::check(false).into(), Some(reason))
             }
         };
-        self.done.push((name, tally, start.elapsed(), reason));
+        self.done.push((name, counted, start.elapsed(), reason));
     }
 
     /// Notes that a stage could not run: one failure.
     fn cannot(&mut self, name: &'static str, reason: &'static str) {
-        self.run(name, || Err(RunnerError::NotRun(reason)));
+        self.run(name, || Err::<Tally, _>(RunnerError::NotRun(reason)));
     }
 
     /// Prints the summary. The last line is the total.
     fn conclude(&self) -> bool {
         println!("\n--- summary");
         let mut total = Tally::default();
-        for (name, tally, took, reason) in &self.done {
+        for (name, Counted { tally, retries }, took, reason) in &self.done {
             total += *tally;
             let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
             print!(
@@ -134,6 +138,9 @@ impl Stages {
             );
             if tally.ignored > 0 {
                 print!("  ({} ignored)", tally.ignored);
+            }
+            if *retries > 0 {
+                print!("  (labs started again: {retries})");
             }
             // Only the first line: the rest has been printed above.
             match reason.as_deref().and_then(|reason| reason.lines().next()) {

@@ -33,6 +33,29 @@ impl AddAssign for Tally {
     }
 }
 
+/// What came of a stage: its tests, and how often a lab had to be started again
+/// for them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// The tests.
+    pub tally: Tally,
+    /// Starts of labs that the emulator's faults made void.
+    pub retries: u32,
+}
+
+impl From<Tally> for Counted {
+    fn from(tally: Tally) -> Self {
+        Self { tally, retries: 0 }
+    }
+}
+
+impl AddAssign for Counted {
+    fn add_assign(&mut self, other: Self) {
+        self.tally += other.tally;
+        self.retries += other.retries;
+    }
+}
+
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} passed, {} failed", self.passed, self.failed)
