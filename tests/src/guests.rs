@@ -50,6 +50,12 @@ pub enum GuestError {
         #[source]
         source: AgentError,
     },
+    /// An interrupt that shall be counted is not in `/proc/interrupts`.
+    #[error("the guest has no interrupt called {0:?}, only {1:?}")]
+    NoInterrupt(&'static str, Vec<String>),
+    /// The guest cannot be asked.
+    #[error(transparent)]
+    Asked(#[from] AgentError),
     /// A file or process of the test itself.
     #[error("{what}")]
     Host {
@@ -367,6 +373,31 @@ impl Guest {
     pub fn second_agent(&self) -> Result<AgentClient, AgentError> {
         AgentClient::connect(&self.vsock, Duration::from_secs(10))
     }
+}
+
+/// Counts of the interrupts by which a guest could be told of a change of
+/// rights: TLB shootdowns, which its kernel counts apart from other function
+/// calls, and those of the mshare device. All others of a guest that answers
+/// its agent's client count that.
+///
+/// # Errors
+/// [`GuestError::NoInterrupt`] if one of them has no count, else
+/// [`GuestError::Asked`].
+pub fn shootdowns(agent: &mut AgentClient) -> Result<Vec<(String, u64)>, GuestError> {
+    let counts = agent.interrupts()?;
+    let mut found = Vec::new();
+    for wanted in ["TLB", "virtio_mshare"] {
+        let before = found.len();
+        let lines = counts.iter().filter(|(name, _)| name.contains(wanted));
+        found.extend(lines.map(|(name, &count)| (name.clone(), count)));
+        if found.len() == before {
+            return Err(GuestError::NoInterrupt(
+                wanted,
+                counts.into_keys().collect(),
+            ));
+        }
+    }
+    Ok(found)
 }
 
 /// The unix socket of the vsock device of the guest `name`.

@@ -5,8 +5,7 @@ use std::time::Duration;
 use mshare_protocol::agent::{Map, MemOp, Value};
 
 use super::pair::{Pair, pool_name, whole};
-use super::{Failed, PROCESSES, REGION, Verdicts, ensure};
-use crate::guests::Images;
+use super::{Failed, PROCESSES, REGION};
 
 /// Page size of the accesses, in bytes.
 const PAGE: u64 = 4096;
@@ -85,41 +84,6 @@ fn tables_of(agent: &mut vmm::agent_client::AgentClient, group: &str) -> Result<
         .filter(|process| process.group == group)
         .map(|process| process.vm_pte_kib)
         .sum())
-}
-
-/// The second half of the demo: the same guests with tables of their own.
-pub fn private(images: &Images, verdicts: &mut Verdicts) -> Option<Cost> {
-    let mut pair = verdicts.step("two guests boot", || {
-        let (pair, took) = Pair::start(images, "private")?;
-        Ok((
-            pair,
-            format!("both agents answer after {:.1} s", took.as_secs_f64()),
-        ))
-    })?;
-    verdicts.step("A creates, 8 processes in each guest attach", || {
-        pair.attach()?;
-        Ok(((), "attached, with private tables".to_owned()))
-    })?;
-    verdicts.step("A writes and B reads, B writes and A reads", || {
-        let words = pair.pass_pattern(0, 1, 3)? + pair.pass_pattern(1, 0, 4)?;
-        Ok(((), format!("{words} words compared, none wrong")))
-    })?;
-    let cost = verdicts.step("private tables are measured", || {
-        let cost = measure(&mut pair)?;
-        ensure(cost.guest_kib.iter().all(|&kib| kib > 0), || {
-            "the workers have no tables of their own".to_owned()
-        })?;
-        let saw = format!(
-            "{} KiB of tables in the guests",
-            cost.guest_kib.iter().sum::<u64>()
-        );
-        Ok((cost, saw))
-    });
-    verdicts.step("both guests power off", || {
-        pair.end()?;
-        Ok(((), "exit status 0".to_owned()))
-    });
-    cost
 }
 
 /// The table of the README.

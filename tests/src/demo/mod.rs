@@ -13,6 +13,7 @@ use std::io::Write as _;
 use mshare_protocol::report::chain;
 
 use crate::guests::Images;
+use steps::Tables;
 
 /// Bytes of the region that the demo shares.
 pub const REGION_LEN: u64 = 256 << 20;
@@ -31,6 +32,7 @@ pub type Failed = Box<dyn std::error::Error>;
 pub struct Verdicts {
     held: u32,
     failed: u32,
+    not_tried: u32,
 }
 
 impl Verdicts {
@@ -52,6 +54,39 @@ impl Verdicts {
                 say(format_args!("  FAILED  {title}: {}", chain(error.as_ref())));
                 None
             }
+        }
+    }
+
+    /// A step with something that an earlier step was to bring about.
+    pub fn step_with<W, T>(
+        &mut self,
+        with: Option<&mut W>,
+        title: &str,
+        step: impl FnOnce(&mut W) -> Result<(T, String), Failed>,
+    ) -> Option<T> {
+        match with {
+            Some(with) => self.step(title, || step(with)),
+            None => {
+                self.not_tried += 1;
+                say(format_args!("  not tried  {title}"));
+                None
+            }
+        }
+    }
+
+    fn all_held(&self) -> bool {
+        self.failed + self.not_tried == 0
+    }
+
+    fn total(&self) -> String {
+        let steps = self.held + self.failed + self.not_tried;
+        match (self.all_held(), self.not_tried) {
+            (true, _) => format!("every step held ({} of {steps})", self.held),
+            (false, 0) => format!("FAILED, {} of {steps} steps did not hold", self.failed),
+            (false, not_tried) => format!(
+                "FAILED, {} of {steps} steps did not hold, {not_tried} were not tried",
+                self.failed
+            ),
         }
     }
 }
@@ -82,21 +117,33 @@ pub fn run(images: &Images) -> bool {
         REGION_LEN >> 20
     ));
     say("\nShared page tables:");
-    let shared = steps::run(images, &mut verdicts);
+    let shared = steps::run(images, Tables::Shared, &mut verdicts);
     say("\nThe same with private page tables:");
-    let private = cost::private(images, &mut verdicts);
+    let private = steps::run(images, Tables::Private, &mut verdicts);
     if let (Some(shared), Some(private)) = (shared, private) {
         say("");
         say(cost::table(&private, &shared));
     }
-    let Verdicts { held, failed } = verdicts;
-    if failed == 0 {
-        say(format_args!("\ndemo: every step held ({held} of {held})"));
-    } else {
-        say(format_args!(
-            "\ndemo: FAILED, {failed} of {} steps did not hold",
-            held + failed
-        ));
+    say(format_args!("\ndemo: {}", verdicts.total()));
+    verdicts.all_held()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_without_what_they_need_are_not_tried_and_spoil_the_total() {
+        let mut verdicts = Verdicts::default();
+        let mut guest = verdicts.step("boots", || Ok((1, String::new())));
+        verdicts.step_with(guest.as_mut(), "works", |_| Ok(((), String::new())));
+        assert_eq!(verdicts.total(), "every step held (2 of 2)");
+        let mut none = verdicts.step("fails", || Err::<((), String), _>("no".into()));
+        verdicts.step_with(none.as_mut(), "waits", |()| Ok(((), String::new())));
+        assert!(!verdicts.all_held());
+        assert_eq!(
+            verdicts.total(),
+            "FAILED, 1 of 4 steps did not hold, 1 were not tried"
+        );
     }
-    failed == 0
 }

@@ -1,16 +1,16 @@
-//! The first half of the demo: shared tables.
+//! The steps of the demo, with shared and with private tables.
 
 use std::thread;
 use std::time::Duration;
 
 use mshare_pool::admin;
-use mshare_protocol::agent::{Fault, Map, MemOp, Op, RegionOp, Spin, SpinKind, Value};
+use mshare_protocol::agent::{Fault, INFO_TABLES, Map, MemOp, Op, RegionOp, Spin, SpinKind, Value};
 use mshare_protocol::entry::Prot;
 
 use super::cost::{self, Cost};
 use super::pair::{Pair, at, pool_name};
 use super::{Failed, PROCESSES, REGION, REGION_LEN, Verdicts, ensure};
-use crate::guests::Images;
+use crate::guests::{Images, shootdowns};
 
 const PAGE: u64 = 4096;
 /// Offset of the page that the host fills.
@@ -18,69 +18,127 @@ const HOST_PAGE: u64 = 100 << 20;
 /// Offset of the page that B writes when it is protected.
 const SPIN_PAGE: u64 = 20 << 20;
 
-/// Runs the steps; the figures of the shared tables if they were measured.
-pub fn run(images: &Images, verdicts: &mut Verdicts) -> Option<Cost> {
-    let mut pair = verdicts.step("two guests boot", || {
-        let (pair, took) = Pair::start(images, "rw")?;
+/// Whose page tables the guests use for the region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// The host's, one set for all.
+    Shared,
+    /// Their own.
+    Private,
+}
+
+impl Tables {
+    /// The policy of the guests in the pool.
+    fn policy(self) -> &'static str {
+        match self {
+            Self::Shared => "rw",
+            Self::Private => "private",
+        }
+    }
+}
+
+/// Runs the steps; the figures of the tables if they were measured.
+pub fn run(images: &Images, tables: Tables, verdicts: &mut Verdicts) -> Option<Cost> {
+    let mut booted = verdicts.step("two guests boot", || {
+        let (pair, took) = Pair::start(images, tables.policy())?;
         Ok((
             pair,
             format!("both agents answer after {:.1} s", took.as_secs_f64()),
         ))
-    })?;
-    verdicts.step("A creates, 8 processes in each guest attach", || {
-        pair.attach()?;
-        let region = pair.pool.lookup(REGION.as_bytes())?;
-        ensure(
-            region.len == REGION_LEN && region.attached.len() == 2,
-            || format!("the broker has {region:?}"),
-        )?;
-        let tables = pair.pool.stat(region.id)?.table_bytes >> 10;
-        Ok((
-            (),
-            format!("one set of tables, {tables} KiB, in two guests"),
-        ))
-    })?;
-    verdicts.step("A writes a pattern, B reads it", || {
-        let words = pair.pass_pattern(0, 1, 1)?;
-        Ok((
-            (),
-            format!("{words} words in {PROCESSES} processes, none wrong"),
-        ))
     });
-    verdicts.step("B writes a pattern, A reads it", || {
-        let words = pair.pass_pattern(1, 0, 2)?;
-        Ok((
-            (),
-            format!("{words} words in {PROCESSES} processes, none wrong"),
-        ))
+    let attached = verdicts.step_with(
+        booted.as_mut(),
+        "A creates, 8 processes in each guest attach",
+        |pair| attach(pair, tables),
+    );
+    // Without the region there is nothing to show.
+    let mut pair = booted.filter(|_| attached.is_some());
+    for (title, [writer, reader], seed) in [
+        ("A writes a pattern, B reads it", [0, 1], 1),
+        ("B writes a pattern, A reads it", [1, 0], 2),
+    ] {
+        verdicts.step_with(pair.as_mut(), title, |pair| {
+            let words = pair.pass_pattern(writer, reader, REGION_LEN, seed)?;
+            Ok((
+                (),
+                format!("{words} words in {PROCESSES} processes, none wrong"),
+            ))
+        });
+    }
+    let cost = verdicts.step_with(pair.as_mut(), "page tables are measured", |pair| {
+        measure(pair, tables)
     });
-    let cost = verdicts.step("shared tables are measured", || {
-        let cost = cost::measure(&mut pair)?;
-        let saw = format!(
-            "{} minor faults in {} processes",
-            cost.faults,
-            2 * PROCESSES
-        );
-        Ok((cost, saw))
-    });
-    verdicts.step("a page that the host fills appears in both", || {
-        host_page(&mut pair)
-    });
-    verdicts.step("protect stops a process of B that spins on writes", || {
-        protect_stops_writer(&mut pair)
-    });
-    verdicts.step("discard reads as zero", || discard(&mut pair));
-    verdicts.step("an O_RDONLY attach is refused its write", || {
-        read_only(&mut pair)
-    });
-    verdicts.step("B is killed with SIGKILL, A goes on", || kill_b(&mut pair));
-    verdicts.step("unlink gives the memory back", || unlink(&mut pair));
-    verdicts.step("A's kernel has nothing to complain about", || {
-        let complaints = pair.agents[0].complaints()?;
-        ensure(complaints.is_empty(), || complaints.join("\n"))?;
-        Ok(((), "no warning in its log".to_owned()))
-    });
+    let steps: [(&str, Step); 8] = [
+        ("a page that the host fills appears in both", |pair, _| {
+            host_page(pair)
+        }),
+        (
+            "protect stops a process of B that spins on writes",
+            protect_stops_writer,
+        ),
+        ("discard reads as zero", |pair, _| discard(pair)),
+        ("an O_RDONLY attach is refused its write", read_only),
+        ("B is killed with SIGKILL, A goes on", |pair, _| {
+            kill_b(pair)
+        }),
+        ("unlink gives the memory back", |pair, _| unlink(pair)),
+        ("A's kernel has nothing to complain about", |pair, _| {
+            quiet(pair)
+        }),
+        ("A powers off, and the command ends", |pair, _| {
+            pair.end()?;
+            Ok(((), "with the status of B, which was killed".to_owned()))
+        }),
+    ];
+    for (title, step) in steps {
+        verdicts.step_with(pair.as_mut(), title, |pair| step(pair, tables));
+    }
     cost
+}
+
+/// A step with both guests and the region.
+type Step = fn(&mut Pair, Tables) -> Result<((), String), Failed>;
+
+fn attach(pair: &mut Pair, tables: Tables) -> Result<((), String), Failed> {
+    pair.attach()?;
+    let region = pair.pool.lookup(REGION.as_bytes())?;
+    ensure(
+        region.len == REGION_LEN && region.attached.len() == 2,
+        || format!("the broker has {region:?}"),
+    )?;
+    for agent in &mut pair.agents {
+        let name = pool_name();
+        let info = agent.region(RegionOp::Info { name })?;
+        let shared = matches!(info, Value::RegionInfo(info) if info.flags & INFO_TABLES != 0);
+        ensure(shared == (tables == Tables::Shared), || format!("{info}"))?;
+    }
+    let kib = pair.pool.stat(region.id)?.table_bytes >> 10;
+    let saw = match tables {
+        Tables::Shared => format!("one set of tables, {kib} KiB, in two guests"),
+        Tables::Private => "each guest makes tables of its own".to_owned(),
+    };
+    Ok(((), saw))
+}
+
+fn measure(pair: &mut Pair, tables: Tables) -> Result<(Cost, String), Failed> {
+    let cost = cost::measure(pair)?;
+    ensure(
+        tables == Tables::Shared || cost.guest_kib.iter().all(|&kib| kib > 0),
+        || "the workers have no tables of their own".to_owned(),
+    )?;
+    let saw = format!(
+        "{} KiB of tables in the guests, {} minor faults in {} processes",
+        cost.guest_kib.iter().sum::<u64>(),
+        cost.faults,
+        2 * PROCESSES
+    );
+    Ok((cost, saw))
+}
+
+fn quiet(pair: &mut Pair) -> Result<((), String), Failed> {
+    let complaints = pair.agents[0].complaints()?;
+    ensure(complaints.is_empty(), || complaints.join("\n"))?;
+    Ok(((), "no warning in its log".to_owned()))
 }
 
 fn host_page(pair: &mut Pair) -> Result<((), String), Failed> {
@@ -112,7 +170,7 @@ fn host_word(pair: &Pair, offset: u64) -> Result<u64, Failed> {
     Ok(u64::from_le_bytes(bytes.as_slice().try_into()?))
 }
 
-fn protect_stops_writer(pair: &mut Pair) -> Result<((), String), Failed> {
+fn protect_stops_writer(pair: &mut Pair, tables: Tables) -> Result<((), String), Failed> {
     let spin = at(SPIN_PAGE, MemOp::Spin(SpinKind::Write));
     pair.agents[1].run_one("workers", 0, spin)?;
     let first = host_word(pair, SPIN_PAGE)?;
@@ -120,7 +178,7 @@ fn protect_stops_writer(pair: &mut Pair) -> Result<((), String), Failed> {
     let second = host_word(pair, SPIN_PAGE)?;
     ensure(first != second, || "B does not write".to_owned())?;
 
-    let before = shootdown_interrupts(pair)?;
+    let before = shootdowns(&mut pair.agents[1])?;
     let protect = RegionOp::Protect {
         name: pool_name(),
         offset: SPIN_PAGE,
@@ -131,7 +189,7 @@ fn protect_stops_writer(pair: &mut Pair) -> Result<((), String), Failed> {
     let at_return = host_word(pair, SPIN_PAGE)?;
     thread::sleep(Duration::from_millis(300));
     let later = host_word(pair, SPIN_PAGE)?;
-    let after = shootdown_interrupts(pair)?;
+    let after = shootdowns(&mut pair.agents[1])?;
 
     ensure(at_return == later, || {
         format!(
@@ -151,9 +209,14 @@ fn protect_stops_writer(pair: &mut Pair) -> Result<((), String), Failed> {
     ensure(fault.signal == libc::SIGSEGV, || {
         format!("the spinner got {fault}")
     })?;
-    ensure(before == after, || {
-        format!("B handled shootdown interrupts: {before:?} before, {after:?} after")
+    // Private tables are B's own to change, so B has to be told.
+    ensure((before == after) == (tables == Tables::Shared), || {
+        format!("interrupts of B for shootdowns: {before:?} before, {after:?} after")
     })?;
+    let told = match tables {
+        Tables::Shared => "B handled no shootdown and no device interrupt for it",
+        Tables::Private => "B was told by its device",
+    };
     let upgrade = RegionOp::Protect {
         name: pool_name(),
         offset: SPIN_PAGE,
@@ -165,20 +228,10 @@ fn protect_stops_writer(pair: &mut Pair) -> Result<((), String), Failed> {
     Ok((
         (),
         format!(
-            "SIGSEGV after {iterations} writes, none after protect returned; B handled no \
-             shootdown and no device interrupt for it; writable again on request"
+            "SIGSEGV after {iterations} writes, none after protect returned; {told}; writable \
+             again on request"
         ),
     ))
-}
-
-/// Interrupts of guest B that could have carried a shootdown: TLB shootdowns
-/// of its own kernel and those of the mshare device.
-fn shootdown_interrupts(pair: &mut Pair) -> Result<Vec<(String, u64)>, Failed> {
-    let counts = pair.agents[1].interrupts()?;
-    Ok(counts
-        .into_iter()
-        .filter(|(name, _)| name.contains("TLB") || name.contains("mshare"))
-        .collect())
 }
 
 fn discard(pair: &mut Pair) -> Result<((), String), Failed> {
@@ -199,7 +252,7 @@ fn discard(pair: &mut Pair) -> Result<((), String), Failed> {
     Ok(((), format!("2 MiB, in all {} processes", 2 * PROCESSES)))
 }
 
-fn read_only(pair: &mut Pair) -> Result<((), String), Failed> {
+fn read_only(pair: &mut Pair, tables: Tables) -> Result<((), String), Failed> {
     let b = &mut pair.agents[1];
     b.start_group("readers", 1, Some(Map::attach_ro(&pool_name())))?;
     let read = b.run_one("readers", 0, at(0, MemOp::Try { write: false }))?;
@@ -216,10 +269,13 @@ fn read_only(pair: &mut Pair) -> Result<((), String), Failed> {
     // The shared entry itself allows the write: a peer's succeeds.
     b.run_one("workers", 0, at(0, MemOp::Try { write: true }))?;
     b.stop_group("readers")?;
-    Ok((
-        (),
-        "SIGSEGV from its link; a writer's access through the same entry succeeds".to_owned(),
-    ))
+    let saw = match tables {
+        Tables::Shared => {
+            "SIGSEGV from its link; a writer's access through the same entry succeeds"
+        }
+        Tables::Private => "SIGSEGV; a writer's access to the same page succeeds",
+    };
+    Ok(((), saw.to_owned()))
 }
 
 fn kill_b(pair: &mut Pair) -> Result<((), String), Failed> {
@@ -237,7 +293,7 @@ fn kill_b(pair: &mut Pair) -> Result<((), String), Failed> {
     ensure(attached == ["guest0"], || {
         format!("still attached: {attached:?}")
     })?;
-    let words = pair.pass_pattern(0, 0, 5)?;
+    let words = pair.pass_pattern(0, 0, REGION_LEN / 16, 5)?;
     Ok((
         (),
         format!("the broker has detached it; A wrote and compared {words} words"),

@@ -2,6 +2,8 @@
 
 use mshare_protocol::agent::{Map, MemOp, Op, Probe, RegionOp, SpinKind, Value};
 
+use mshare_tests::guests::shootdowns;
+
 use crate::common::*;
 
 const LEN: u64 = 64 * MIB;
@@ -95,7 +97,7 @@ fn beyond_the_length_is_sigbus_up_to_the_next_gib() {
 }
 
 #[test]
-fn protect_stops_a_writer_in_the_other_guest_before_it_returns() {
+fn protect_stops_a_writer_in_the_other_guest_before_it_returns_and_without_an_interrupt() {
     let pool = Pool::new();
     let [mut a, mut b] = pair(&pool);
     for round in 0..5 {
@@ -104,12 +106,14 @@ fn protect_stops_a_writer_in_the_other_guest_before_it_returns() {
             .run_one("w", 0, at(offset, MemOp::Spin(SpinKind::Write)))
             .unwrap();
         eventually("B writes", || pool.word("r", offset) > 1000);
+        let before = shootdowns(&mut b.agent).unwrap();
 
         protect(&mut a, "pool/r", offset, PAGE, 1);
         let at_return = pool.word("r", offset);
         std::thread::sleep(std::time::Duration::from_millis(50));
 
         assert_eq!(pool.word("r", offset), at_return, "round {round}");
+        assert_eq!(shootdowns(&mut b.agent).unwrap(), before, "round {round}");
         let spin = b.agent.run_one("w", 0, Op::SpinStop).unwrap();
         let Value::Spin(spin) = spin else {
             panic!("{spin:?}")
