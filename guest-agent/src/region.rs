@@ -2,16 +2,19 @@
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::ptr;
 
 use mshare_protocol::agent::{Failure, MSHAREFS, RegionInfo, RegionOp, Value};
+use mshare_protocol::entry::PUD_SIZE;
 use mshare_protocol::msharefs::{
     MSHARE_IOC_DISCARD, MSHARE_IOC_INFO, MSHARE_IOC_PROTECT, SYS_MSHARE, SYS_MSHARE_UNLINK,
     mshare_discard, mshare_info, mshare_protect,
 };
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::mm::{MapFlags, ProtFlags};
 
 /// Turns the result of a C call into an error if it is -1.
 ///
@@ -83,9 +86,13 @@ pub fn open(name: &str, oflag: i32) -> Result<File, Failure> {
 /// # Errors
 /// If the file cannot be opened or is not that of a sized region.
 pub fn extent(name: &str) -> Result<(u64, u64), Failure> {
-    let mut file = open(name, libc::O_RDONLY)?;
+    extent_of(&open(name, libc::O_RDONLY)?, name)
+}
+
+fn extent_of(mut file: &File, name: &str) -> Result<(u64, u64), Failure> {
     let (mut start, mut len) = ([0; 8], [0; 8]);
-    file.read_exact(&mut start)
+    file.rewind()
+        .and_then(|()| file.read_exact(&mut start))
         .and_then(|()| file.read_exact(&mut len))
         .map_err(|e| Failure::os(format_args!("read the extent of {name:?}"), &e))?;
     Ok((u64::from_ne_bytes(start), u64::from_ne_bytes(len)))
@@ -98,6 +105,23 @@ pub fn extent(name: &str) -> Result<(u64, u64), Failure> {
 pub fn run(op: &RegionOp) -> Result<Value, Failure> {
     match op {
         RegionOp::Unlink { name } => unlink(name).map(Value::Ret),
+        RegionOp::Protect { name, .. }
+        | RegionOp::Discard { name, .. }
+        | RegionOp::Punch { name, .. }
+        | RegionOp::Mmap { name } => on_file(&open(name, libc::O_RDWR)?, op),
+        RegionOp::Info { name } | RegionOp::Extent { name } => {
+            on_file(&open(name, libc::O_RDONLY)?, op)
+        }
+    }
+}
+
+/// Carries out `op` on a file that is open.
+///
+/// # Errors
+/// What the kernel reports.
+pub fn on_file(file: &File, op: &RegionOp) -> Result<Value, Failure> {
+    match op {
+        RegionOp::Unlink { .. } => Err(Failure::new("a name is unlinked, not a file")),
         RegionOp::Protect {
             name,
             offset,
@@ -110,25 +134,23 @@ pub fn run(op: &RegionOp) -> Result<Value, Failure> {
                 prot: *prot,
                 flags: 0,
             };
-            control(name, MSHARE_IOC_PROTECT, &arg, "MSHARE_IOC_PROTECT")
+            control(file, MSHARE_IOC_PROTECT, &arg, "MSHARE_IOC_PROTECT", name)
         }
         RegionOp::Discard { name, offset, len } => {
             let arg = mshare_discard {
                 offset: *offset,
                 len: *len,
             };
-            control(name, MSHARE_IOC_DISCARD, &arg, "MSHARE_IOC_DISCARD")
+            control(file, MSHARE_IOC_DISCARD, &arg, "MSHARE_IOC_DISCARD", name)
         }
         RegionOp::Punch { name, offset, len } => {
-            let file = open(name, libc::O_RDWR)?;
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(&file, flags, *offset, *len)
+            fallocate(file, flags, *offset, *len)
                 .map_err(|e| Failure::os(format_args!("fallocate {name:?}"), &e.into()))?;
             Ok(Value::Ret(0))
         }
         RegionOp::Info { name } => {
             let mut info = mshare_info::default();
-            let file = open(name, libc::O_RDONLY)?;
             // SAFETY: the descriptor is open, and the structure is as long as
             // the number says.
             check(i64::from(unsafe {
@@ -149,12 +171,38 @@ pub fn run(op: &RegionOp) -> Result<Value, Failure> {
                 faults: info.faults,
             }))
         }
-        RegionOp::Extent { name } => extent(name).map(|(start, len)| Value::Mapped { start, len }),
+        RegionOp::Mmap { name } => {
+            let (start, len) = extent_of(file, name)?;
+            map_and_unmap(file, start, len)
+                .map(|()| Value::Ret(0))
+                .map_err(|e| Failure::os(format_args!("mmap {name:?}"), &e))
+        }
+        RegionOp::Extent { name } => {
+            extent_of(file, name).map(|(start, len)| Value::Mapped { start, len })
+        }
     }
 }
 
-fn control<T>(name: &str, request: u32, arg: &T, what: &str) -> Result<Value, Failure> {
-    let file = open(name, libc::O_RDWR)?;
+fn map_and_unmap(file: &File, start: u64, len: u64) -> io::Result<()> {
+    let size = |bytes: u64| usize::try_from(bytes).unwrap_or(0);
+    let span = size(len.next_multiple_of(PUD_SIZE));
+    let at = ptr::with_exposed_provenance_mut(size(start));
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE;
+    // SAFETY: a new mapping, which replaces nothing (NOREPLACE).
+    let new = unsafe { rustix::mm::mmap(at, span, prot, flags, file, 0) }?;
+    // SAFETY: exactly that mapping, which nobody has used.
+    unsafe { rustix::mm::munmap(new, span) }?;
+    Ok(())
+}
+
+fn control<T>(
+    file: &File,
+    request: u32,
+    arg: &T,
+    what: &str,
+    name: &str,
+) -> Result<Value, Failure> {
     // SAFETY: the descriptor is open, and the structure is as long as the
     // number says; the kernel only reads it.
     check(i64::from(unsafe {

@@ -2,6 +2,7 @@
 //! carries them out and answers.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -31,6 +32,8 @@ struct Slot {
 struct Worker {
     slots: BTreeMap<u32, Slot>,
     spinner: Option<Spinner>,
+    /// See [`Op::Keep`].
+    kept: Option<File>,
 }
 
 /// Serves the socket on descriptor 0 until the agent closes it.
@@ -70,6 +73,14 @@ impl Worker {
                 .map(|spinner| Value::Spin(spinner.stop()))
                 .ok_or_else(no_spinner),
             Op::Region(op) => region::run(&op).map_err(OpError::Failed),
+            Op::Keep { name, oflag } => {
+                self.kept = Some(region::open(&name, oflag).map_err(OpError::Failed)?);
+                Ok(Value::Done)
+            }
+            Op::Kept(op) => match &self.kept {
+                Some(file) => region::on_file(file, &op).map_err(OpError::Failed),
+                None => Err(invalid("the process keeps no file open")),
+            },
             Op::BadCall(call) => paths::bad_call(&call).map_err(OpError::Failed),
             Op::Path { path, op } => paths::run(&path, &op).map_err(OpError::Failed),
             Op::SetUser { uid, gid } => set_user(uid, gid).map_err(OpError::Failed),

@@ -68,6 +68,16 @@ pub enum Op {
     SpinStop,
     /// Something done to a region by name.
     Region(RegionOp),
+    /// Open a region's file and keep it open, in the place of one that was
+    /// kept before: [`Value::Done`].
+    Keep {
+        /// Region.
+        name: String,
+        /// `O_*` flags.
+        oflag: i32,
+    },
+    /// What a [`RegionOp`] does to a file, done to the one that is kept.
+    Kept(RegionOp),
     /// A system call of the mshare family made wrongly: [`Value::Ret`].
     BadCall(BadCall),
     /// An operation on a path: [`Value::Ret`], or [`Value::Stat`].
@@ -309,6 +319,11 @@ pub enum RegionOp {
     },
     /// `MSHARE_IOC_INFO`: [`Value::RegionInfo`].
     Info {
+        /// Region.
+        name: String,
+    },
+    /// `mmap` of the region's file at its place, and `munmap`: [`Value::Ret`].
+    Mmap {
         /// Region.
         name: String,
     },

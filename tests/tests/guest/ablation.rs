@@ -7,6 +7,7 @@ use mshare_protocol::entry::Prot;
 use mshare_tests::guests::{Guest, Images, Options};
 
 use crate::common::*;
+use crate::removal;
 
 const LEN: u64 = 16 * MIB;
 
@@ -17,6 +18,7 @@ enum Without {
     DirectMap = 1 << 2,
     ReadOnlyLink = 1 << 5,
     ZapOnInvalidate = 1 << 6,
+    ZapOnRemoval = 1 << 9,
     Retry = 1 << 15,
 }
 
@@ -81,6 +83,33 @@ fn private_guest_writes_on(without: Without) -> bool {
 fn private_guest_that_ignores_invalidate_writes_on() {
     assert!(!private_guest_writes_on(Without::Nothing));
     assert!(private_guest_writes_on(Without::ZapOnInvalidate));
+}
+
+/// The signal of a process that reads a region when the device goes.
+fn reader_when_the_device_goes(without: Without) -> Option<i32> {
+    let pool = pool();
+    // Private tables: with shared ones the CPU would soon look for the tables
+    // themselves in a window that is gone.
+    let mut p = guest(&pool, "p", "private", without);
+    p.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    let spin = at(0, MemOp::Spin(SpinKind::Read));
+    p.agent.run_one("w", 0, spin).unwrap();
+    let device = removal::device(&mut p);
+    removal::tell_driver(&mut p, "unbind", &device);
+    let value = p.agent.run_one("w", 0, Op::SpinStop).unwrap();
+    let Value::Spin(spin) = value else {
+        panic!("{value:?}")
+    };
+    spin.fault.map(|fault| fault.signal)
+}
+
+#[test]
+fn mappings_that_removal_leaves_raise_no_signal() {
+    let intact = reader_when_the_device_goes(Without::Nothing);
+    assert_eq!(intact, Some(libc::SIGBUS));
+    assert_eq!(reader_when_the_device_goes(Without::ZapOnRemoval), None);
 }
 
 /// Complaints of a kernel after an attempt to pin a page of a region.

@@ -12,5 +12,6 @@ mod hazards;
 mod huge;
 mod local;
 mod policies;
+mod removal;
 mod sharing;
 mod vmm;
