@@ -1,5 +1,6 @@
 //! The mshare interface of the kernel: system calls, ioctls, msharefs.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek};
@@ -57,6 +58,42 @@ pub fn unlink(name: &str) -> Result<i64, Failure> {
     // is a region, which holds no Rust object.
     check(unsafe { libc::syscall(SYS_MSHARE_UNLINK, c.as_ptr()) })
         .map_err(|e| Failure::os(format_args!("mshare_unlink({name:?})"), &e))
+}
+
+/// Makes and unlinks a region `rounds` times, and counts what comes of it.
+///
+/// # Errors
+/// Only if a call could not be made.
+pub fn churn(name: &str, addr: u64, len: u64, rounds: u32) -> Result<Value, Failure> {
+    let errno = |result: Result<i64, Failure>| match result {
+        Ok(_) => Ok(0),
+        Err(failure) if failure.errno != 0 => Ok(failure.errno),
+        Err(failure) => Err(failure),
+    };
+    let (mut made, mut unlinked) = (BTreeMap::new(), BTreeMap::new());
+    for _ in 0..rounds {
+        let oflag = libc::O_CREAT | libc::O_RDWR;
+        let result = errno(mshare(name, addr, len, oflag, 0o600))?;
+        *made.entry(result).or_default() += 1;
+        let result = errno(unlink(name))?;
+        *unlinked.entry(result).or_default() += 1;
+        if result != 0 {
+            // Another has taken the name away, and this one may be attached yet.
+            detach(addr, len);
+        }
+    }
+    Ok(Value::Churned {
+        mshare: made,
+        unlink: unlinked,
+    })
+}
+
+fn detach(addr: u64, len: u64) {
+    let size = |bytes: u64| usize::try_from(bytes).unwrap_or(0);
+    let at = ptr::with_exposed_provenance_mut(size(addr));
+    // SAFETY: the range is the region's, in which no Rust object lives. That
+    // nothing is mapped there is no error.
+    let _ = unsafe { rustix::mm::munmap(at, size(len.next_multiple_of(PUD_SIZE))) };
 }
 
 /// Whether the kernel has the system calls.

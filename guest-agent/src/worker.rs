@@ -81,9 +81,16 @@ impl Worker {
                 Some(file) => region::on_file(file, &op).map_err(OpError::Failed),
                 None => Err(invalid("the process keeps no file open")),
             },
+            Op::Churn {
+                name,
+                addr,
+                len,
+                rounds,
+            } => region::churn(&name, addr, len, rounds).map_err(OpError::Failed),
             Op::BadCall(call) => paths::bad_call(&call).map_err(OpError::Failed),
             Op::Path { path, op } => paths::run(&path, &op).map_err(OpError::Failed),
             Op::SetUser { uid, gid } => set_user(uid, gid).map_err(OpError::Failed),
+            Op::LockFuture { limit } => lock_future(limit).map_err(OpError::Failed),
             Op::Sleep { ms } => {
                 std::thread::sleep(Duration::from_millis(ms.into()));
                 Ok(Value::Done)
@@ -316,6 +323,18 @@ fn finish(start: rustix::io::Result<*mut core::ffi::c_void>, len: u64) -> Result
         len,
         extent: len.next_multiple_of(PAGE_SIZE),
     })
+}
+
+fn lock_future(limit: u64) -> Result<Value, Failure> {
+    let limit = rustix::process::Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Memlock, limit)
+        .map_err(|e| Failure::os("setrlimit", &e.into()))?;
+    rustix::mm::mlockall(rustix::mm::MlockAllFlags::FUTURE)
+        .map_err(|e| Failure::os("mlockall", &e.into()))?;
+    Ok(Value::Done)
 }
 
 fn set_user(uid: u32, gid: u32) -> Result<Value, Failure> {

@@ -78,6 +78,18 @@ pub enum Op {
     },
     /// What a [`RegionOp`] does to a file, done to the one that is kept.
     Kept(RegionOp),
+    /// Create or attach a region and unlink it again, many times:
+    /// [`Value::Churned`].
+    Churn {
+        /// Region.
+        name: String,
+        /// Address.
+        addr: u64,
+        /// Bytes.
+        len: u64,
+        /// How often.
+        rounds: u32,
+    },
     /// A system call of the mshare family made wrongly: [`Value::Ret`].
     BadCall(BadCall),
     /// An operation on a path: [`Value::Ret`], or [`Value::Stat`].
@@ -93,6 +105,12 @@ pub enum Op {
         uid: u32,
         /// Group.
         gid: u32,
+    },
+    /// `mlockall(MCL_FUTURE)`, with so many bytes as the limit of locked memory:
+    /// [`Value::Done`].
+    LockFuture {
+        /// RLIMIT_MEMLOCK.
+        limit: u64,
     },
     /// Sleep, to keep a process busy: [`Value::Done`].
     Sleep {

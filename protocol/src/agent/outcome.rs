@@ -1,5 +1,6 @@
 //! What came of an operation.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,13 @@ pub enum Value {
     Spin(Spin),
     /// A system call: its return value and errno (0 if none).
     Probe(Probed),
+    /// How often `mshare` and `mshare_unlink` ended with which errno; 0: success.
+    Churned {
+        /// Of `mshare`.
+        mshare: BTreeMap<i32, u64>,
+        /// Of `mshare_unlink`.
+        unlink: BTreeMap<i32, u64>,
+    },
     /// A system call that succeeded.
     Ret(i64),
     /// `MSHARE_IOC_INFO`.
@@ -245,6 +253,12 @@ impl fmt::Display for Value {
                 }
             }
             Self::Probe(p) => write!(f, "returned {}, errno {}, {:#x}", p.ret, p.errno, p.extra),
+            Self::Churned { mshare, unlink } => {
+                write!(
+                    f,
+                    "errnos of mshare {mshare:?}, of mshare_unlink {unlink:?}"
+                )
+            }
             Self::RegionInfo(info) => {
                 write!(
                     f,
