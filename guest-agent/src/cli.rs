@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::io::{self, Write};
+use std::net::Shutdown;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -11,12 +13,13 @@ use mshare_protocol::agent::{
     Value, parse_bytes,
 };
 
+use vsock::{VMADDR_CID_HOST, VsockStream};
 
 use crate::groups::Groups;
 use crate::reaper::reaper;
 use crate::server::{self, Agent, Listen};
 use crate::watch::{self, Watch};
-use crate::{figures, worker};
+use crate::{access, figures, worker};
 
 /// The agent of a guest: makes mshare calls, runs worker processes on shared
 /// memory, reads figures, and answers to `vmm agent` on the host.
@@ -57,6 +60,19 @@ enum Command {
     },
     /// Run a test program; its lines and the kernel's in one stream
     Watch(Watch),
+    /// Connect standard input and output to a vsock port of the host
+    Connect {
+        /// The port; the host's program listens on the unix socket PATH_PORT,
+        /// where PATH is that of the guest's vsock device
+        port: u32,
+    },
+    /// Read a word of this process; status 128 + the signal if it gets one
+    #[command(hide = true)]
+    Peek {
+        /// Its address
+        #[arg(value_parser = parse_bytes)]
+        addr: u64,
+    },
     /// One process of a group; started by the agent
     #[command(hide = true)]
     Worker,
@@ -216,6 +232,11 @@ impl Cli {
                 Ok(status) => return ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),
                 Err(e) => Err(e),
             },
+            Command::Connect { port } => connect(port),
+            Command::Peek { addr } => match peek(addr) {
+                Ok(status) => return ExitCode::from(status),
+                Err(e) => Err(Failure::os("install a signal handler", &e)),
+            },
             Command::Worker => worker::main().map_err(|e| Failure::new(e.to_string())),
         };
         match done {
@@ -240,6 +261,34 @@ fn serve(listen: &Listen, allow_power: bool) -> Result<(), Failure> {
     loop {
         thread::park();
     }
+}
+
+/// Passes standard input to the host and what the host says to standard output,
+/// until the host has said all.
+fn connect(port: u32) -> Result<(), Failure> {
+    let fail = |e: &io::Error| Failure::os(format_args!("vsock port {port} of the host"), e);
+    let mut stream =
+        VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port).map_err(|e| fail(&e))?;
+    let mut sender = stream.try_clone().map_err(|e| fail(&e))?;
+    thread::spawn(move || {
+        // Whether it has arrived, the host has to say.
+        let _ = io::copy(&mut io::stdin().lock(), &mut sender);
+        let _ = sender.shutdown(Shutdown::Write);
+    });
+    let mut out = io::stdout().lock();
+    io::copy(&mut stream, &mut out)
+        .and_then(|_| out.flush())
+        .map_err(|e| fail(&e))
+}
+
+fn peek(addr: u64) -> io::Result<u8> {
+    access::install()?;
+    // SAFETY: no Rust object is meant: the caller asks what is mapped there.
+    let result = unsafe { access::load(addr) };
+    Ok(result.map_or_else(
+        |fault| u8::try_from(128 + fault.signal).unwrap_or(u8::MAX),
+        |_| 0,
+    ))
 }
 
 /// Runs one operation in a process of its own and yields what it yields.

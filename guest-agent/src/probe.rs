@@ -1,6 +1,7 @@
 //! System calls on mapped memory. Each is made as asked and its result is
 //! reported as it came: a refusal is a finding, not an error of the agent.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -116,6 +117,7 @@ pub unsafe fn run(probe: &Probe, addr: u64) -> Result<Probed, Failure> {
             }
             Probe::Mbind { len } => check(libc::syscall(libc::SYS_mbind, addr, *len, 0, 0, 0, 0)),
             Probe::ForkRead => forked(|pipe| tell(pipe, access::load(addr)), &mut extra),
+            Probe::ForkExec => exec_peek(addr, &mut extra)?,
             Probe::ForkWrite { value } => forked(
                 |pipe| tell(pipe, access::store(addr, *value).map(|()| *value)),
                 &mut extra,
@@ -220,6 +222,31 @@ unsafe fn forked(child: impl Fn(i32) -> i32, extra: &mut u64) -> io::Result<i64>
     } else {
         libc::WEXITSTATUS(status).into()
     })
+}
+
+/// Becomes `guest-agent peek ADDR` in a forked process.
+///
+/// # Safety
+/// None of its own: the new program has none of this one's memory.
+unsafe fn exec_peek(addr: u64, extra: &mut u64) -> Result<io::Result<i64>, Failure> {
+    // All that allocates is done before the fork.
+    let word = format!("{addr:#x}");
+    let word = CString::new(word).map_err(|e| Failure::new(e.to_string()))?;
+    let argv = [
+        c"guest-agent".as_ptr(),
+        c"peek".as_ptr(),
+        word.as_ptr(),
+        ptr::null(),
+    ];
+    let envp = [ptr::null::<libc::c_char>()];
+    let child = |_| {
+        // SAFETY: both lists end with a null pointer and outlive the call, which
+        // returns only if it fails.
+        unsafe { libc::execve(c"/proc/self/exe".as_ptr(), argv.as_ptr(), envp.as_ptr()) };
+        127
+    };
+    // SAFETY: `child` makes a system call and nothing else.
+    Ok(unsafe { forked(child, extra) })
 }
 
 /// `KVM_SET_USER_MEMORY_REGION` on a fresh VM.

@@ -508,6 +508,15 @@ fn work_by_hand_spins_until_it_is_stopped() {
 }
 
 #[test]
+fn program_after_exec_has_nothing_of_the_mapping() {
+    let agent = Agent::start();
+    let mut client = agent.group(1);
+    assert_eq!(client.probe(0, Probe::ForkRead).0, 0);
+    let signal = i64::from(128 + libc::SIGSEGV);
+    assert_eq!(client.probe(0, Probe::ForkExec).0, signal);
+}
+
+#[test]
 fn panic_ends_a_request_only() {
     let agent = Agent::start();
     let mut client = agent.group(1);

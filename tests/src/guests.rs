@@ -135,6 +135,8 @@ pub struct Options {
     pub cmdline: String,
     /// Further arguments of the VMM.
     pub args: Vec<OsString>,
+    /// How long the boot may take.
+    pub boot_limit: Duration,
 }
 
 impl Options {
@@ -148,6 +150,7 @@ impl Options {
             pool: None,
             cmdline: String::new(),
             args: Vec::new(),
+            boot_limit: BOOT_LIMIT,
         }
     }
 
@@ -328,7 +331,7 @@ impl Guest {
     pub fn start(images: &Images, dir: &Path, options: &Options) -> Result<Self, GuestError> {
         let mut process = Self::launch(images, dir, options)?;
         let vsock = vsock_path(dir, &options.name);
-        let agent = process.agent(&vsock, BOOT_LIMIT)?;
+        let agent = process.agent(&vsock, options.boot_limit)?;
         Ok(Self {
             process,
             agent,

@@ -276,6 +276,9 @@ pub enum Probe {
     /// `fork`; the child reads the word: `extra`. `ret` is its exit status
     /// (0), or 128 + the signal that killed it.
     ForkRead,
+    /// `fork`; the child becomes another program by `execve`, which reads the
+    /// word: as [`Probe::ForkRead`], without the word.
+    ForkExec,
     /// `fork`; the child writes the word.
     ForkWrite {
         /// The word.

@@ -237,7 +237,7 @@ fn read_only_attach_is_held_by_hardware() {
 }
 
 #[test]
-fn forked_child_inherits_the_attachment_and_exec_drops_it() {
+fn forked_child_inherits_the_attachment_and_exec_or_dontfork_drops_it() {
     let pool = Pool::new();
     let [mut a, mut b] = pair(&pool);
     store(&mut a, "w", 0, 77);
@@ -250,6 +250,21 @@ fn forked_child_inherits_the_attachment_and_exec_drops_it() {
     let write = probe(Probe::ForkWrite { value: 78 });
     b.agent.run_one("w", 0, write).unwrap();
     assert_eq!(load(&mut a, "w", 0), 78);
+    // The child that execs has nothing mapped there any more.
+    let segv = i64::from(128 + libc::SIGSEGV);
+    let mut ret = |op| match b.agent.run_one("w", 0, probe(op)).unwrap() {
+        Value::Probe(probed) => probed.ret,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(ret(Probe::ForkExec), segv);
+    // So has one whose parent did not want it to have it.
+    let dont_fork = Probe::Madvise {
+        len: GIB,
+        advice: libc::MADV_DONTFORK,
+    };
+    assert_eq!(ret(dont_fork), 0);
+    assert_eq!(ret(Probe::ForkRead), segv);
+    assert_eq!(load(&mut b, "w", 0), 78, "the parent keeps it");
     assert_quiet(&mut b);
 }
 

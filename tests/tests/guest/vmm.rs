@@ -5,10 +5,10 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use mshare_protocol::agent::Exec;
 use mshare_tests::guests::{Guest, Images, Options};
-use mshare_tests::lab::IN_LAB;
 use rustix::termios::{LocalModes, tcgetattr};
 
 use crate::common::*;
@@ -23,16 +23,13 @@ fn boot(options: &Options) -> (tempfile::TempDir, Guest) {
 
 #[test]
 fn guest_sees_the_vcpus_it_was_given() {
-    // In the lab one emulated CPU runs all vCPUs of a guest, and 32 can take
-    // longer than the limit of a boot.
-    let most = if std::env::var_os(IN_LAB).is_some() {
-        println!("in the lab: 8 vCPUs at most");
-        8
-    } else {
-        32
-    };
-    for cpus in [1, 2, 8, most] {
-        let (_dir, mut guest) = boot(&Options::new("g").cpus(cpus));
+    for cpus in [1, 2, 8, 32] {
+        let mut options = Options::new("g").cpus(cpus);
+        // In the lab one emulated CPU runs all 32.
+        options.boot_limit *= 4;
+        let begun = Instant::now();
+        let (_dir, mut guest) = boot(&options);
+        println!("{cpus} vCPUs: {:.1} s", begun.elapsed().as_secs_f64());
         assert_eq!(guest.agent.info().unwrap().cpus, cpus);
         assert_quiet(&mut guest);
     }
@@ -87,6 +84,11 @@ fn disks_are_read_and_written_unless_read_only() {
     disk[4096] = 9;
     guest.agent.write_file("/dev/vda", &disk).unwrap();
     assert!(guest.agent.write_file("/dev/vdb", &disk).is_err());
+    let mut random = || guest.agent.read_piece("/dev/hwrng", 0, 32).unwrap();
+    let (first, second) = (random(), random());
+    assert_eq!((first.len(), second.len()), (32, 32));
+    assert_ne!(first, second, "the host's random numbers");
+    assert_ne!(first, [0; 32]);
     guest.agent.power_off().unwrap();
     assert!(guest.process.wait(LIMIT).unwrap().success());
     assert_eq!(std::fs::read(path("rw")).unwrap()[4096], 9);
@@ -101,6 +103,45 @@ fn vsock_carries_bulk_data_both_ways() {
         .collect();
     guest.agent.write_file("/tmp/data", &data).unwrap();
     assert!(guest.agent.read_file("/tmp/data").unwrap() == data);
+}
+
+#[test]
+fn guest_connects_to_a_program_of_the_host() {
+    let (dir, mut guest) = boot(&Options::new("g"));
+    let mut path = guest.vsock.clone().into_os_string();
+    path.push("_4242");
+    let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+    let echo = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut said = Vec::new();
+        // Up to the end that the guest announces.
+        stream.read_to_end(&mut said).unwrap();
+        said.reverse();
+        stream.write_all(&said).unwrap();
+    });
+    let mut connect = |port: &str, stdin: Vec<u8>| {
+        let argv = ["guest-agent", "connect", port].map(str::to_owned).into();
+        let exec = Exec {
+            argv,
+            stdin,
+            ..Exec::default()
+        };
+        guest.agent.exec_with(exec).unwrap()
+    };
+    let mut data: Vec<u8> = (0..500_000_u32)
+        .map(|i| (i % 253).to_le_bytes()[0])
+        .collect();
+    let result = connect("4242", data.clone());
+    let said = String::from_utf8_lossy(&result.stderr);
+    assert_eq!(result.status, 0, "{said}");
+    data.reverse();
+    assert!(result.stdout == data, "{} bytes", result.stdout.len());
+    echo.join().unwrap();
+    // Nobody listens there.
+    let refused = connect("4243", vec![]);
+    assert_eq!(refused.status, 1);
+    assert_quiet(&mut guest);
+    drop(dir);
 }
 
 /// A new pseudo-terminal: the person's end and the program's end.
