@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ablation;
+mod agent;
 mod broker;
 mod common;
 mod errnos;
