@@ -157,14 +157,7 @@ impl Stages {
 /// whether everything passed.
 pub fn test(options: Options, quick: bool) -> bool {
     let mut stages = Stages::default();
-    let background = (!quick).then(|| {
-        Background::start(&[
-            Flavour::Ablation,
-            Flavour::Debug,
-            Flavour::Kasan,
-            Flavour::Kcsan,
-        ])
-    });
+    let background = (!quick).then(|| Background::start(&[Flavour::Ablation, Flavour::Debug]));
     stages.run("format", || check(&["fmt", "--all", "--", "--check"]));
     stages.run("lint", lint);
     stages.run("unit tests", || {

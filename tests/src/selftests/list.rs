@@ -92,6 +92,13 @@ const NO_POISON: &[Flavour] = &[
     Flavour::Kcsan,
     Flavour::Kasan,
 ];
+/// Kernels that count no VMA locks and merge no pages.
+const NOT_DEBUG: &[Flavour] = &[
+    Flavour::Default,
+    Flavour::Ablation,
+    Flavour::Kcsan,
+    Flavour::Kasan,
+];
 /// Kernels whose time says nothing.
 const SLOW: &[Flavour] = &[Flavour::Debug, Flavour::Kasan, Flavour::Kcsan];
 
@@ -133,13 +140,20 @@ pub const ENTRIES: &[Entry] = &[
         short: false,
         ..entry("mshare_huge")
     },
-    entry("mshare_info"),
+    Entry {
+        skips: &[skip("vma_locks", NOT_DEBUG)],
+        ..entry("mshare_info")
+    },
     Entry {
         core: true,
         ..entry("mshare_lifetime")
     },
     Entry {
-        skips: &[skip("hwpoison", NO_POISON)],
+        skips: &[
+            skip("hwpoison", NO_POISON),
+            skip("soft_offline", NO_POISON),
+            skip("ksm", NOT_DEBUG),
+        ],
         ..entry("mshare_mapping")
     },
     Entry {
@@ -154,6 +168,8 @@ pub const ENTRIES: &[Entry] = &[
             skip("numa_maps", SMALL),
             skip("move_pages", SMALL),
             skip("mempolicy", SMALL),
+            skip("nodes", SMALL),
+            skip("policy", SMALL),
         ],
         ..entry("mshare_walkers")
     },
