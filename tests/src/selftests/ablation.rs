@@ -77,11 +77,11 @@ pub const ABLATIONS: &[Ablation] = &[
         kernel: Flavour::Ablation,
     },
     Ablation {
-        mask: 1024,
-        element: "fork() copies no linked tables",
-        entry: "mshare_process",
-        fails: &[],
-        complaint: Some("non-zero pgtables_bytes"),
+        mask: 65536,
+        element: "reclaim for a memcg sees references to a region",
+        entry: "mshare_reclaim",
+        fails: &["working_set"],
+        complaint: None,
         kernel: Flavour::Ablation,
     },
     Ablation {

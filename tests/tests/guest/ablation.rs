@@ -19,6 +19,7 @@ enum Without {
     ReadOnlyLink = 1 << 5,
     ZapOnInvalidate = 1 << 6,
     ZapOnRemoval = 1 << 9,
+    ForkCheck = 1 << 10,
     Retry = 1 << 15,
 }
 
@@ -134,6 +135,30 @@ fn tables_outside_the_direct_map_make_gup_fast_oops() {
     let intact = complaints_about_pinning(Without::Nothing);
     assert!(intact.is_empty(), "{intact:?}");
     assert!(!complaints_about_pinning(Without::DirectMap).is_empty());
+}
+
+/// Complaints of a kernel after a process with linked tables had a child.
+fn complaints_about_a_child(without: Without) -> Vec<String> {
+    let pool = pool();
+    let mut a = guest(&pool, "a", "rw", without);
+    a.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    store(&mut a, "w", 0, 1);
+    // The child may get what the parent has, or not survive.
+    let _ = a.agent.run("w", at(0, MemOp::Probe(Probe::ForkRead)));
+    a.agent.complaints().unwrap()
+}
+
+#[test]
+fn fork_that_copies_linked_tables_leaks_the_copies() {
+    let intact = complaints_about_a_child(Without::Nothing);
+    assert!(intact.is_empty(), "{intact:?}");
+    let leaked = complaints_about_a_child(Without::ForkCheck);
+    assert!(
+        leaked.iter().any(|line| line.contains("pgtables_bytes")),
+        "{leaked:?}"
+    );
 }
 
 /// The signal that a process gets that reads beside a page whose rights come

@@ -1,7 +1,11 @@
-//! The guest's driver is unbound and bound again while processes use a region.
+//! The guest's driver is unbound and bound again, or the guest reboots, while
+//! processes use a region.
+
+use std::time::Duration;
 
 use mshare_protocol::agent::{Map, MemOp, Op, Probe, RegionOp, Spin, SpinKind, Value};
-use mshare_tests::guests::Guest;
+use mshare_protocol::klog::complains;
+use mshare_tests::guests::{Guest, Options};
 
 use crate::common::*;
 use crate::errnos::{RW, mshare};
@@ -179,6 +183,33 @@ fn unbind_and_bind(policy: &str) {
     assert_eq!(load(&mut a, "again", 8), 4711);
     assert_quiet(&mut a);
     assert_quiet(&mut b);
+}
+
+/// The virtio core resets the device before the machine ends, while processes
+/// still walk the host's tables.
+#[test]
+fn guest_that_reboots_while_processes_spin_ends_as_any_other() {
+    for policy in ["rw", "private"] {
+        let pool = Pool::new();
+        let options = Options::new("a").pool(&pool.socket(), policy).cpus(2);
+        let mut a = pool.start(&options);
+        let create = Map::create("pool/r", START, LEN);
+        a.agent.start_group("w", 4, Some(create)).unwrap();
+        let spin = at(0, MemOp::Spin(SpinKind::Write));
+        a.agent.run_all("w", spin).unwrap();
+        eventually("the guest writes", || pool.word("r", 0) > 1000);
+
+        a.agent.reboot().unwrap();
+
+        let status = a.process.wait(Duration::from_secs(60)).unwrap();
+        let output = a.process.output();
+        assert_eq!(status.code(), Some(16), "{policy}: {output}");
+        let bad = output.lines().find(|line| complains(line));
+        assert_eq!(bad, None, "{policy}");
+        eventually("the region is detached", || {
+            pool.admin.lookup(b"r").unwrap().attached.is_empty()
+        });
+    }
 }
 
 #[test]
