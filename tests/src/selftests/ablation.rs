@@ -74,7 +74,7 @@ pub const ABLATIONS: &[Ablation] = &[
         entry: "mshare_walkers",
         fails: &["move_pages"],
         complaint: None,
-        kernel: Flavour::Ablation,
+        kernel: Flavour::Debug,
     },
     Ablation {
         mask: 65536,
