@@ -77,10 +77,9 @@ pub fn churn(name: &str, addr: u64, len: u64, rounds: u32) -> Result<Value, Fail
         *made.entry(result).or_default() += 1;
         let result = errno(unlink(name))?;
         *unlinked.entry(result).or_default() += 1;
-        if result != 0 {
-            // Another has taken the name away, and this one may be attached yet.
-            detach(addr, len);
-        }
+        // The name may be gone, or another region's by now, and this process
+        // attached yet to the one that had it.
+        detach(addr, len);
     }
     Ok(Value::Churned {
         mshare: made,
