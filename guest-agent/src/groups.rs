@@ -18,7 +18,7 @@ use crate::reaper::Reaper;
 /// Limits a typing error, not a machine.
 const MAX_PROCESSES: u32 = 4096;
 /// How long an operation may take if the request does not say.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(240);
 /// How long a worker may take to exit when asked to.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -176,7 +176,7 @@ pub struct Run {
     pub process: Option<u32>,
     /// What to do.
     pub op: Op,
-    /// How long each process may take; then it is killed. Zero: 60 s.
+    /// How long each process may take; then it is killed. Zero: 240 s.
     pub timeout_ms: u32,
 }
 

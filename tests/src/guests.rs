@@ -12,7 +12,7 @@ use vmm::agent_client::{AgentClient, AgentError};
 
 /// How long a guest may take from exec to an agent that answers. The lab
 /// needs about two seconds; a loaded machine several times that.
-pub const BOOT_LIMIT: Duration = Duration::from_secs(90);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
 /// Why a guest is not there.
 #[derive(Debug, thiserror::Error)]

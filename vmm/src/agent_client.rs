@@ -20,7 +20,7 @@ use mshare_protocol::frame::{self, FrameError};
 
 /// How long an answer may take unless [`AgentClient::set_timeout`] says
 /// otherwise; more than the agent allows for an operation.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long one attempt to connect may take.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between attempts to connect.

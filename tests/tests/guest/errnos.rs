@@ -520,7 +520,8 @@ fn limits_of_the_system_are_told() {
         attached.map_or_else(|error| error.errno().unwrap(), |_| 0)
     };
     assert_eq!(attach(&mut a, "locked"), libc::EAGAIN, "MCL_FUTURE");
-    let before = sysctl(&mut a, "fs/file-max", "1");
+    // Not 1: a few files are less than what the kernel counts exactly.
+    let before = sysctl(&mut a, "fs/file-max", "0");
     assert_eq!(attach(&mut a, "files"), libc::ENFILE, "file-max");
     sysctl(&mut a, "fs/file-max", before.trim());
     assert_eq!(attach(&mut a, "files"), 0);
@@ -553,7 +554,7 @@ fn names_that_come_and_go_get_documented_errnos_only() {
         name: "pool/r".to_owned(),
         addr: START,
         len: 2 * MIB,
-        rounds: 300,
+        rounds: 100,
     };
     let results = std::thread::scope(|scope| {
         let both = [&mut a, &mut b].map(|guest| {
