@@ -35,6 +35,14 @@ fn guest(pool: &Pool, name: &str, policy: &str, without: Without) -> Guest {
     pool.start(&options)
 }
 
+/// A guest with one process, group `w`, that has made region `r`.
+fn guest_with_worker(pool: &Pool, name: &str, policy: &str, without: Without) -> Guest {
+    let mut guest = guest(pool, name, policy, without);
+    let map = Map::create("pool/r", START, LEN);
+    guest.agent.start_group("w", 1, Some(map)).unwrap();
+    guest
+}
+
 fn write_through_read_only_attachment(without: Without) -> Option<i32> {
     let pool = pool();
     let mut a = guest(&pool, "a", "rw", without);
@@ -60,10 +68,7 @@ fn link_with_rw_lets_the_write_of_a_read_only_attachment_through() {
 /// Whether a private guest still writes after its right was taken away.
 fn private_guest_writes_on(without: Without) -> bool {
     let pool = pool();
-    let mut p = guest(&pool, "p", "private", without);
-    p.agent
-        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
-        .unwrap();
+    let mut p = guest_with_worker(&pool, "p", "private", without);
     let spin = at(0, MemOp::Spin(SpinKind::Write));
     p.agent.run_one("w", 0, spin).unwrap();
     eventually("the guest writes", || pool.word("r", 0) > 1000);
@@ -91,10 +96,7 @@ fn reader_when_the_device_goes(without: Without) -> Option<i32> {
     let pool = pool();
     // Private tables: with shared ones the CPU would soon look for the tables
     // themselves in a window that is gone.
-    let mut p = guest(&pool, "p", "private", without);
-    p.agent
-        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
-        .unwrap();
+    let mut p = guest_with_worker(&pool, "p", "private", without);
     let spin = at(0, MemOp::Spin(SpinKind::Read));
     p.agent.run_one("w", 0, spin).unwrap();
     let device = removal::device(&mut p);
@@ -116,10 +118,7 @@ fn mappings_that_removal_leaves_raise_no_signal() {
 /// Complaints of a kernel after an attempt to pin a page of a region.
 fn complaints_about_pinning(without: Without) -> Vec<String> {
     let pool = pool();
-    let mut a = guest(&pool, "a", "rw", without);
-    a.agent
-        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
-        .unwrap();
+    let mut a = guest_with_worker(&pool, "a", "rw", without);
     store(&mut a, "w", 0, 1);
     let direct = Probe::ODirectRead {
         path: "/dev/ram0".to_owned(),
@@ -140,10 +139,7 @@ fn tables_outside_the_direct_map_make_gup_fast_oops() {
 /// Complaints of a kernel after a process with linked tables had a child.
 fn complaints_about_a_child(without: Without) -> Vec<String> {
     let pool = pool();
-    let mut a = guest(&pool, "a", "rw", without);
-    a.agent
-        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
-        .unwrap();
+    let mut a = guest_with_worker(&pool, "a", "rw", without);
     store(&mut a, "w", 0, 1);
     // The child may get what the parent has, or not survive.
     let _ = a.agent.run("w", at(0, MemOp::Probe(Probe::ForkRead)));
@@ -165,10 +161,7 @@ fn fork_that_copies_linked_tables_leaks_the_copies() {
 /// and go, under one entry of 2 MiB.
 fn neighbour_of_a_split(without: Without) -> Option<i32> {
     let pool = Pool::huge(Images::ablation_from_env().unwrap());
-    let mut a = guest(&pool, "a", "rw", without);
-    a.agent
-        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
-        .unwrap();
+    let mut a = guest_with_worker(&pool, "a", "rw", without);
     let spin = at(MIB, MemOp::Spin(SpinKind::Read));
     a.agent.run_one("w", 0, spin).unwrap();
     let id = pool.admin.lookup(b"r").unwrap().id;
