@@ -111,14 +111,15 @@ fn bytes(
     Ok(bytes)
 }
 
+/// Without what depends on the folder it was built in: paths among the debug
+/// information, and the build id, which the linker computes from those too.
 fn strip(from: &Path, to: &Path) -> Result<(), InitramfsError> {
     let fail = |message: String| InitramfsError::Strip {
         path: from.to_owned(),
         message,
     };
     let output = Command::new("strip")
-        .arg("--strip-all")
-        .arg("-o")
+        .args(["--strip-all", "--remove-section=.note.gnu.build-id", "-o"])
         .args([to, from])
         .output()
         .map_err(|error| fail(error.to_string()))?;
@@ -144,5 +145,25 @@ mod tests {
         // Test vectors of the FNV authors.
         assert_eq!(fingerprint(b""), 0xcbf2_9ce4_8422_2325);
         assert_eq!(fingerprint(b"foobar"), 0x8594_4171_f739_67e8);
+    }
+
+    #[test]
+    fn archive_does_not_depend_on_where_the_agent_was_built() {
+        let built = ["a", "longer-than-a"].map(|name| {
+            let dir = tempfile::Builder::new().prefix(name).tempdir().unwrap();
+            let (source, program) = (dir.path().join("main.c"), dir.path().join("agent"));
+            fs::write(&source, "int main(void) { return 0; }\n").unwrap();
+            let status = Command::new("cc")
+                .args(["-g", "-static", "-Wl,--build-id", "-o"])
+                .args([&program, &source])
+                .status()
+                .unwrap();
+            assert!(status.success());
+            let archive = dir.path().join("archive");
+            pack(&program, &[], &archive).unwrap();
+            (fs::read(program).unwrap(), fs::read(archive).unwrap())
+        });
+        assert_ne!(built[0].0, built[1].0);
+        assert!(built[0].1 == built[1].1);
     }
 }
