@@ -61,7 +61,7 @@ pub fn run(images: &Images, tables: Tables, verdicts: &mut Verdicts) -> Option<C
             let words = pair.pass_pattern(writer, reader, REGION_LEN, seed)?;
             Ok((
                 (),
-                format!("{words} words in {PROCESSES} processes, none wrong"),
+                format!("{words} words, a part by each of {PROCESSES} processes, none wrong"),
             ))
         });
     }
