@@ -78,8 +78,8 @@ impl Pair {
         Ok(())
     }
 
-    /// One process of guest `writer` writes patterns over `len` bytes, one for
-    /// each process of guest `reader`, which compares its part.
+    /// One process of guest `writer` writes a pattern of `len` bytes; each
+    /// process of guest `reader` compares its part.
     pub fn pass_pattern(
         &mut self,
         writer: usize,
@@ -87,17 +87,12 @@ impl Pair {
         len: u64,
         seed: u64,
     ) -> Result<u64, Failed> {
-        let part = len / u64::from(PROCESSES);
-        let seeds = |process| (seed << 32) + u64::from(process);
-        for process in 0..PROCESSES {
-            let seed = seeds(process);
-            let fill = at(u64::from(process) * part, MemOp::Fill { len: part, seed });
-            self.agents[writer].run_one("workers", 0, fill)?;
-        }
+        let fill = MemOp::Fill { len, seed };
+        self.agents[writer].run_one("workers", 0, whole(fill))?;
+        let len = len / u64::from(PROCESSES);
         let mut words = 0;
         for process in 0..PROCESSES {
-            let seed = seeds(process);
-            let verify = at(u64::from(process) * part, MemOp::Verify { len: part, seed });
+            let verify = at(u64::from(process) * len, MemOp::Verify { len, seed });
             let value = self.agents[reader].run_one("workers", process, verify)?;
             let Value::Verified(verified) = value else {
                 return Err(format!("a worker answered {value:?}").into());
