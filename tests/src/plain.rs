@@ -20,9 +20,14 @@ pub const EXIT_PORT: u16 = 0xf4;
 pub const EXIT_BASE: u8 = 0x10;
 
 const PANIC: &str = "Kernel panic - not syncing";
-/// How long a guest has to power off once the agent has told the status. A small
-/// kernel cannot power this machine off, it halts.
-const POWER_OFF_PATIENCE: Duration = Duration::from_secs(2);
+/// What the kernel says last (`kernel/reboot.c`). A small kernel cannot power this
+/// machine off: it halts, and the emulator goes on.
+const HALTED: [&str; 2] = ["reboot: Power down", "System halted"];
+/// How long a halted machine has for powering off by itself.
+const HALT_PATIENCE: Duration = Duration::from_millis(200);
+/// How long a guest has to halt, or to panic, once the agent has told the status:
+/// long enough where the emulator gets little of a busy CPU.
+const END_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A boot to be made.
 #[derive(Debug, Clone)]
@@ -74,7 +79,8 @@ pub enum BootError {
     /// The emulator stopped by itself.
     #[error("{QEMU} failed: {0}")]
     Emulator(String),
-    /// The machine has been ended from here.
+    /// The machine has been ended from here: it went on, if only on its way to
+    /// power off.
     #[error("the guest was not done after {after:.0?}; its console:\n{console}")]
     TimedOut {
         /// The time it had.
@@ -122,21 +128,28 @@ impl Boot {
             }
         });
 
-        let mut deadline = Instant::now() + self.timeout;
+        let start = Instant::now();
+        let mut deadline = start + self.timeout;
         let mut told_status = false;
+        let mut is_halted = false;
         let mut all = Vec::new();
         loop {
             match receive.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(data) => {
                     console(&data);
                     all.extend(data);
-                    if !told_status && agent_status(&String::from_utf8_lossy(&all)).is_some() {
+                    let text = String::from_utf8_lossy(&all);
+                    if !told_status && agent_status(&text).is_some() {
                         told_status = true;
-                        deadline = deadline.min(Instant::now() + POWER_OFF_PATIENCE);
+                        deadline = deadline.min(Instant::now() + END_PATIENCE);
+                    }
+                    if told_status && !is_halted && halted(&text) {
+                        is_halted = true;
+                        deadline = deadline.min(Instant::now() + HALT_PATIENCE);
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) if told_status => {
+                Err(RecvTimeoutError::Timeout) if is_halted => {
                     qemu.end().map_err(BootError::Start)?;
                     let console = String::from_utf8_lossy(&all).into_owned();
                     return Ok(Booted {
@@ -147,7 +160,7 @@ impl Boot {
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(BootError::TimedOut {
-                        after: self.timeout,
+                        after: start.elapsed(),
                         console: String::from_utf8_lossy(&all).into_owned(),
                     });
                 }
@@ -222,6 +235,14 @@ fn agent_status(console: &str) -> Option<u8> {
         .and_then(|(_, status)| status.trim().parse().ok())
 }
 
+/// Whether the kernel has said, after the agent's last word, that it halts.
+fn halted(console: &str) -> bool {
+    let after = console
+        .rsplit_once(AGENT_EXIT)
+        .map_or("", |(_, after)| after);
+    HALTED.iter().any(|last| after.contains(last))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,5 +254,15 @@ mod tests {
         assert_eq!(told(0, "[    1.0] agent: exit 0\n"), Some(0));
         assert_eq!(told(0, "agent: exit 1"), None, "the line may go on");
         assert_eq!(told(0, "Kernel panic - not syncing"), None);
+    }
+
+    #[test]
+    fn machine_halts_after_the_agents_last_word() {
+        assert!(halted("agent: exit 0\r\n[    3.2] reboot: Power down\r\n"));
+        assert!(halted(
+            "agent: exit 0\n[    3.2] reboot: Power off not available: System halted instead\n"
+        ));
+        assert!(!halted("reboot: Power down\nagent: exit 0\n"));
+        assert!(!halted("reboot: Power down\n"));
     }
 }

@@ -259,9 +259,19 @@ fn plain(act: &str, seconds: u64) -> Result<Booted, BootError> {
 #[test]
 fn plain_boot_tells_the_status_that_the_guest_gives() {
     let by_port = plain("tell 5", 120).unwrap();
-    assert_eq!((by_port.status, by_port.panicked), (Some(5), false));
+    assert_eq!(
+        (by_port.status, by_port.panicked),
+        (Some(5), false),
+        "{}",
+        by_port.console
+    );
     let by_line = plain("say \"agent: exit 7\"", 120).unwrap();
-    assert_eq!((by_line.status, by_line.panicked), (Some(7), true));
+    assert_eq!(
+        (by_line.status, by_line.panicked),
+        (Some(7), true),
+        "{}",
+        by_line.console
+    );
     assert!(by_line.console.contains("Attempted to kill init"));
 }
 
