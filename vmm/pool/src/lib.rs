@@ -17,6 +17,7 @@
 //! | [`server`] | the broker's socket |
 //! | [`client`] | the VMM's side of the socket; survives a broker's death |
 //! | [`admin`] | what `vmm pool` does with a client |
+//! | [`socket`] | listening sockets, for the broker and for others |
 //! | [`wire`] | frames with descriptors on a unix socket |
 //!
 //! **Trust.** Clients of the socket are VMMs of one user and trusted to hold
@@ -37,6 +38,7 @@ pub mod memory;
 mod record;
 pub mod server;
 mod session;
+pub mod socket;
 pub mod wire;
 
 #[cfg(test)]

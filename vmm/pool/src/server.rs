@@ -152,7 +152,7 @@ impl Server {
             Start::Ready(broker) => (Some(*broker), 0),
             Start::Recover { max_regions } => (None, max_regions),
         };
-        let socket = listener.socket.try_clone().map_err(ServerError::Thread)?;
+        let socket = listener.socket().try_clone().map_err(ServerError::Thread)?;
         let seed = memory::random_id().map_err(ServerError::Thread)?;
         let [a, b, c, d, e, f, ..] = seed;
         let shared = Arc::new(Shared {
@@ -315,7 +315,7 @@ impl Shared {
         self.stopping.store(true, Ordering::Release);
         if let Some(listener) = lock(&self.listener).take() {
             // Wakes the accepting thread.
-            let _ = rustix::net::shutdown(&listener.socket, rustix::net::Shutdown::Both);
+            let _ = rustix::net::shutdown(listener.socket(), rustix::net::Shutdown::Both);
         }
         for connection in lock(&self.connections).values() {
             let _ = connection.stream.shutdown(Shutdown::Both);

@@ -149,6 +149,10 @@ fn a_socket_is_private_and_goes_with_its_broker() {
     assert!(matches!(error, ServerError::NotASocket(_)), "{error}");
     let nowhere = Listener::bind(Path::new("/nonexistent/x")).unwrap_err();
     assert!(matches!(nowhere, ServerError::Bind { .. }), "{nowhere}");
+    let lock = std::fs::File::open(pool.path.parent().unwrap()).unwrap();
+    lock.lock().unwrap();
+    let locked = Listener::bind(&pool.path).unwrap_err();
+    assert!(matches!(locked, ServerError::Locked { .. }), "{locked}");
 }
 
 #[test]
