@@ -177,7 +177,7 @@ impl Options {
 }
 
 /// A process that is killed when the value is dropped, with a log of its
-/// output. In the lab it stays on one CPU.
+/// output.
 #[derive(Debug)]
 pub struct Process {
     name: String,

@@ -22,7 +22,7 @@ use crate::boot::kernel::{self, Kernel};
 use crate::boot::params::{self, Params};
 use crate::config::{self, Config};
 use crate::devices::bus::{self, MmioBus, PioBus};
-use crate::devices::console::{self, Console};
+use crate::devices::console::{self, Console, Log};
 use crate::devices::ioapic::IoApic;
 use crate::devices::power::Power;
 use crate::devices::pvpanic::PvPanic;
@@ -56,6 +56,9 @@ pub enum Error {
     /// The initrd.
     #[error(transparent)]
     Initrd(#[from] initrd::Error),
+    /// The console's file.
+    #[error("cannot empty the console file")]
+    Log(#[source] io::Error),
     /// The console.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -161,6 +164,7 @@ pub struct Builder {
     exit: Exit,
     slots: u32,
     begun: Instant,
+    log: Option<Log>,
 }
 
 impl std::fmt::Debug for Builder {
@@ -185,7 +189,7 @@ impl Builder {
         let cpus = config.cpu_count()?;
         let exit = Exit::new().map_err(Error::EventFd)?;
         let files = BootFiles::open(config)?;
-        let console = Console::open(&config.console, exit.clone())?;
+        let mut console = Console::open(&config.console, exit.clone())?;
         let disks = open_disks(config)?;
         let socket = config.vsock.as_ref().map(|v| HostSocket::bind(&v.path));
         let socket = socket.transpose()?;
@@ -226,6 +230,7 @@ impl Builder {
             exit,
             slots: 0,
             begun,
+            log: console.log.take(),
         };
         builder.add_platform_devices()?;
         builder.add_console(console)?;
@@ -364,6 +369,9 @@ impl Builder {
         }
         if let Some(boot) = vcpus.first() {
             boot.set_entry(kernel.entry)?;
+        }
+        if let Some(log) = self.log {
+            log.begin().map_err(Error::Log)?;
         }
         log::debug!("guest assembled in {:?}", self.begun.elapsed());
         Ok(Machine {

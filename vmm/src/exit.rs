@@ -224,6 +224,31 @@ impl Exit {
     pub fn event(&self) -> &EventFd {
         &self.shared.event
     }
+
+    /// A value for a thread to hold: if the thread panics, the run ends with
+    /// that, instead of going on without it. `thread` names it in the report.
+    pub fn unless_panic(&self, thread: impl Into<String>) -> PanicGuard {
+        PanicGuard {
+            exit: self.clone(),
+            thread: thread.into(),
+        }
+    }
+}
+
+/// Reports the panic of the thread that drops it; see [`Exit::unless_panic`].
+#[derive(Debug)]
+pub struct PanicGuard {
+    exit: Exit,
+    thread: String,
+}
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let what = format!("{} panicked", self.thread);
+            self.exit.report(GuestExit::VmmFailed(what));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -238,6 +263,21 @@ mod tests {
         exit.clone().report(GuestExit::Rebooted);
         assert_eq!(exit.reported(), Some(GuestExit::Panicked));
         assert_eq!(exit.event().read().unwrap(), 2);
+    }
+
+    #[test]
+    fn panic_of_a_thread_ends_the_run_and_its_end_does_not() {
+        let exit = Exit::new().unwrap();
+        drop(exit.unless_panic("the thread"));
+        assert_eq!(exit.reported(), None);
+        let guard = exit.unless_panic("the devices thread");
+        let thread = std::thread::spawn(move || {
+            let _guard = guard;
+            panic!("for a test");
+        });
+        assert!(thread.join().is_err());
+        let reported = exit.reported().unwrap().to_string();
+        assert_eq!(reported, "the VMM failed: the devices thread panicked");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use mshare_protocol::broker::Policy;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, ConsoleConfig, MemorySize};
+use crate::config::{self, Config, ConsoleConfig, MemorySize};
 
 /// Most guests of one command.
 pub const MAX_GUESTS: u32 = 64;
@@ -54,6 +54,9 @@ pub enum Error {
     /// A terminal serves one guest.
     #[error("{0} guests cannot type at one terminal; give --console output, file=PATH or off")]
     SharedConsole(u32),
+    /// One of the guests cannot be.
+    #[error(transparent)]
+    Guest(config::Error),
 }
 
 /// What a guest may do with the pool; `None`: it has no door to it.
@@ -208,6 +211,19 @@ impl Launch {
             .collect()
     }
 
+    /// Checks what can be checked before anything is started.
+    ///
+    /// # Errors
+    ///
+    /// The first guest, or combination of them, that cannot work.
+    pub fn validate(&self) -> Result<(), Error> {
+        // Any path: what counts is that there is a pool.
+        for config in self.configs(Some(Path::new("pool")))? {
+            config.validate().map_err(Error::Guest)?;
+        }
+        Ok(())
+    }
+
     fn policies(&self) -> Result<Vec<GuestPolicy>, Error> {
         let guests = self.guests as usize;
         let Some(pool) = &self.pool else {
@@ -254,6 +270,7 @@ impl Launch {
         }
         if let Some(vsock) = &mut config.vsock {
             vsock.path = own("vsock socket", &vsock.path)?;
+            // The last one is no context id of a guest: validation says so.
             vsock.cid = vsock.cid.saturating_add(n);
         }
         if let ConsoleConfig::File(path) = &mut config.console {
@@ -342,6 +359,24 @@ mod tests {
             (Policy::Rw, Path::new("/run/pool"))
         );
         assert_eq!(configs[1].pool, None);
+    }
+
+    #[test]
+    fn context_ids_are_checked_to_the_last_guest() {
+        let mut launch = launch(3);
+        let vsock = |cid| {
+            Some(VsockConfig {
+                cid,
+                path: "/run/g{n}".into(),
+            })
+        };
+        launch.guest.vsock = vsock(u32::MAX - 3);
+        assert_eq!(launch.validate(), Ok(()));
+        for first in [u32::MAX - 2, u32::MAX - 1] {
+            launch.guest.vsock = vsock(first);
+            let refused = Error::Guest(config::Error::Cid(u32::MAX));
+            assert_eq!(launch.validate(), Err(refused));
+        }
     }
 
     #[test]

@@ -164,7 +164,7 @@ impl DevicesThread {
         let thread = std::thread::Builder::new()
             .name("devices".into())
             .spawn(move || {
-                let _guard = ReportPanic(&exit);
+                let _guard = exit.unless_panic("the devices thread");
                 while !stopping.load(Ordering::Acquire) {
                     if let Err(error) = event_loop.run() {
                         let what = format!("the devices thread cannot wait for events: {error}");
@@ -179,18 +179,6 @@ impl DevicesThread {
             handle,
             thread,
         })
-    }
-}
-
-/// Ends the run if the thread panics.
-struct ReportPanic<'a>(&'a Exit);
-
-impl Drop for ReportPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let what = "the devices thread panicked".into();
-            self.0.report(GuestExit::VmmFailed(what));
-        }
     }
 }
 

@@ -173,8 +173,6 @@ fn names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).unwrap();
     let mut names: Vec<_> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        // The log of a guest is the user's from the moment it is there.
-        .filter(|name| !name.starts_with("console"))
         .collect();
     names.sort();
     names

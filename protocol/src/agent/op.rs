@@ -124,7 +124,7 @@ pub enum Op {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemOp {
     /// One access every `stride` bytes: [`Value::Touched`]. Writing keeps the
-    /// contents (it writes back what it read).
+    /// contents (an atomic or with zero).
     Touch {
         /// Bytes.
         len: u64,

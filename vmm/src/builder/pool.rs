@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use super::{Builder, Error};
 use crate::arch::{cpuid, layout};
 use crate::devices::virtio::mshare::{Guest, Mshare};
-use crate::doctor;
-use crate::patience::Wait;
+use crate::doctor::{self, tables::Tables};
+use crate::patience::{self, Wait};
 
 impl Builder {
     /// Joins the pool of the configuration, if there is one.
@@ -15,7 +15,9 @@ impl Builder {
             return Ok(());
         };
         let name = self.config.name.as_deref().unwrap_or("guest");
-        let tables = pool.policy.tables() && doctor::probe_shared_tables(&self.kvm).shareable();
+        let probed = pool.policy.tables();
+        let probed = probed.then(|| doctor::probe_shared_tables(&self.kvm));
+        let tables = probed.as_ref().is_some_and(Tables::shareable);
         let phys_bits = cpuid::physical_address_bits(&self.features);
         let ram_end = layout::ram_ranges(self.config.memory.0)
             .last()
@@ -29,11 +31,12 @@ impl Builder {
         };
         let _wait = Wait::broker(&pool.socket);
         let device = Mshare::join(guest, &pool.socket, pool.policy, tables)?;
-        if device.policy() != pool.policy {
-            eprintln!(
-                "vmm: this host cannot share page tables (`vmm doctor` says why): {name} attaches \
-                 with tables of its own"
-            );
+        if device.policy() != pool.policy
+            && let Some(why) = probed.as_ref().and_then(Tables::refusal)
+        {
+            patience::say(&format!(
+                "{why} (see `vmm doctor`): {name} attaches with tables of its own"
+            ));
         }
         self.add_virtio(Arc::new(Mutex::new(device)))?;
         Ok(())

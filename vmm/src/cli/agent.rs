@@ -68,8 +68,7 @@ enum Command {
     /// Processes that attach a region and stay
     #[command(subcommand)]
     Group(Group),
-    /// Print a file of less than 2 MiB; of a larger one the first 2 MiB, with
-    /// status 1
+    /// Print a file, whole
     Cat {
         /// Path in the guest
         path: String,

@@ -134,9 +134,7 @@ impl RunArgs {
 /// Runs the guests to their end.
 pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let launch = args.into_launch()?;
-    launch.guest.validate().map_err(Failure::usage)?;
-    // What is wrong with the options is said before anything is started.
-    launch.configs(None).map_err(Failure::usage)?;
+    launch.validate().map_err(Failure::usage)?;
     // Before there are threads, which inherit the mask.
     let signals = Signals::block()?;
     let pool = launch.pool.as_ref().map(PoolService::start).transpose()?;

@@ -1,9 +1,9 @@
 //! Where the serial port leads on the host.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::config::ConsoleConfig;
 use crate::exit::Exit;
@@ -12,7 +12,7 @@ use crate::exit::Exit;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file for the output.
-    #[error("cannot create the console file {0:?}")]
+    #[error("cannot write the console file {0:?}")]
     Create(PathBuf, #[source] io::Error),
     /// Standard input or output.
     #[error("cannot use standard input and output as the console")]
@@ -26,6 +26,61 @@ pub struct Console {
     pub output: Output,
     /// Gives the guest input.
     pub input: Option<Input>,
+    /// The file that the output goes to, if it is a log.
+    pub log: Option<Log>,
+}
+
+/// A log that is not ours before the guest exists: a start that fails leaves
+/// what an earlier guest wrote there, and no empty file.
+#[derive(Debug)]
+pub struct Log {
+    file: File,
+    /// What to remove unless the guest begins to write.
+    made: Option<PathBuf>,
+}
+
+impl Log {
+    fn open(path: &Path) -> io::Result<Self> {
+        match File::create_new(path) {
+            Ok(file) => Ok(Self {
+                file,
+                made: Some(path.to_owned()),
+            }),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Self {
+                file: File::options()
+                    .create(true)
+                    .write(true)
+                    .truncate(false)
+                    .open(path)?,
+                made: None,
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The guest begins to write: what was there before goes.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn begin(mut self) -> io::Result<()> {
+        // A pipe or a terminal has no length.
+        if self.file.metadata()?.is_file() {
+            self.file.set_len(0)?;
+        }
+        self.made = None;
+        Ok(())
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if let Some(path) = &self.made
+            && let Err(error) = fs::remove_file(path)
+        {
+            log::warn!("cannot remove the console file {path:?}: {error}");
+        }
+    }
 }
 
 /// Where input comes from.
@@ -49,6 +104,7 @@ impl Console {
             let fd = io::stdout().as_fd().try_clone_to_owned();
             Ok(File::from(fd.map_err(Error::Stdio)?))
         };
+        let mut log = None;
         let (file, input) = match config {
             ConsoleConfig::Stdio => {
                 let stdin = io::stdin();
@@ -61,7 +117,10 @@ impl Console {
             }
             ConsoleConfig::Output => (Some(stdout()?), None),
             ConsoleConfig::File(path) => {
-                let file = File::create(path).map_err(|e| Error::Create(path.clone(), e))?;
+                let fail = |e| Error::Create(path.clone(), e);
+                let opened = Log::open(path).map_err(fail)?;
+                let file = opened.file.try_clone().map_err(fail)?;
+                log = Some(opened);
                 (Some(file), None)
             }
             ConsoleConfig::Off => (None, None),
@@ -69,6 +128,7 @@ impl Console {
         Ok(Self {
             output: Output { file, exit },
             input,
+            log,
         })
     }
 }
@@ -125,9 +185,31 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let mut console = open(&ConsoleConfig::File(path.clone())).unwrap();
+        console.log.take().unwrap().begin().unwrap();
         console.output.write_all(b"hello").unwrap();
         assert!(console.input.is_none());
         assert_eq!(std::fs::read(path).unwrap(), b"hello");
+    }
+
+    #[test]
+    fn log_is_emptied_when_the_guest_begins_and_not_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let config = ConsoleConfig::File(path.clone());
+        drop(open(&config).unwrap());
+        assert!(!path.exists(), "made by a start that failed");
+        std::fs::write(&path, "of an earlier guest").unwrap();
+        let console = open(&config).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"of an earlier guest");
+        console.log.unwrap().begin().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+    }
+
+    #[test]
+    fn log_may_be_no_file() {
+        let console = open(&ConsoleConfig::File("/dev/null".into())).unwrap();
+        console.log.unwrap().begin().unwrap();
+        assert!(Path::new("/dev/null").exists());
     }
 
     #[test]

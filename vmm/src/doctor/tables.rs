@@ -68,7 +68,19 @@ pub struct Tables {
 impl Tables {
     /// Whether guests can share page tables.
     pub fn shareable(&self) -> bool {
-        self.edits == Edits::Seen && self.two_dimensional != Some(false)
+        self.refusal().is_none()
+    }
+
+    /// Why guests cannot share page tables, or could not be tried; none if they
+    /// can.
+    pub fn refusal(&self) -> Option<String> {
+        match &self.edits {
+            Edits::Unknown(why) => Some(format!(
+                "whether this host can share page tables could not be tried: {why}"
+            )),
+            Edits::Seen if self.two_dimensional != Some(false) => None,
+            Edits::Seen | Edits::Stale => Some("this host cannot share page tables".into()),
+        }
     }
 }
 

@@ -178,7 +178,7 @@ impl Vcpu {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
-                let guard = ReportPanic { exit: &exit, id };
+                let guard = exit.unless_panic(format!("the thread of vCPU {id}"));
                 if let Some(reason) = self.run(&buses) {
                     exit.report(reason);
                 }
@@ -271,22 +271,6 @@ impl Vcpu {
                 SUBERROR_EMULATION => ", an instruction it cannot interpret (see `vmm doctor`)",
                 _ => "",
             },
-        }
-    }
-}
-
-/// Reports a vCPU thread that panics, so that the run ends instead of going on
-/// with one CPU less.
-struct ReportPanic<'a> {
-    exit: &'a Exit,
-    id: u8,
-}
-
-impl Drop for ReportPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let what = format!("the thread of vCPU {} panicked", self.id);
-            self.exit.report(GuestExit::VmmFailed(what));
         }
     }
 }

@@ -47,11 +47,17 @@ impl Service {
         let service = self.clone();
         thread::Builder::new()
             .name("mshare-ctrl".to_owned())
-            .spawn(move || service.serve_ctrl())?;
+            .spawn(move || {
+                let _guard = service.shared.unless_panic("the thread mshare-ctrl");
+                service.serve_ctrl();
+            })?;
         let service = self.clone();
         let started = thread::Builder::new()
             .name("mshare-ack".to_owned())
-            .spawn(move || service.serve_events());
+            .spawn(move || {
+                let _guard = service.shared.unless_panic("the thread mshare-ack");
+                service.serve_events();
+            });
         if started.is_err() {
             self.shared.end();
         }

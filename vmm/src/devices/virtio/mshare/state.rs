@@ -20,7 +20,7 @@ use zerocopy::IntoBytes;
 
 use super::attachment::{AttachError, Attachment, RemoveError};
 use crate::devices::virtio::{Interrupt, QueueError, VirtQueue};
-use crate::exit::{Exit, GuestExit};
+use crate::exit::{Exit, GuestExit, PanicGuard};
 
 /// Events that wait for a buffer. A driver that does not return buffers loses
 /// the pool's patience (the broker's limit) long before this many.
@@ -246,6 +246,11 @@ impl Shared {
     fn fail(&self, state: &mut State, error: &RemoveError) {
         state.stuck = true;
         self.exit.report(GuestExit::VmmFailed(chain(error)));
+    }
+
+    /// For a thread without which guests would wait for ever.
+    pub(super) fn unless_panic(&self, thread: &str) -> PanicGuard {
+        self.exit.unless_panic(thread)
     }
 
     /// Ends the device. No vCPU may run any more.

@@ -690,10 +690,40 @@ proptest! {
             let mut bytes = kind.to_le_bytes().to_vec();
             bytes.extend(&rest);
             let req = virtio_mshare_req::read_from_bytes(&bytes).unwrap();
-            if kind != VIRTIO_MSHARE_T_LIST {
+            if kind == VIRTIO_MSHARE_T_LIST {
+                guest.mem.write_slice(&bytes, GuestAddress(REQ)).unwrap();
+                let (out, back) = (len_of::<virtio_mshare_req>(), len_of::<virtio_mshare_list>());
+                guest.queues[0].push(&[(REQ, out, 0), (RESP, back, WRITE)]);
+                guest.notify(0);
+                // A refusal is no longer than that of any other request.
+                let len = used(&mut guest, 0).1;
+                let refused = len_of::<virtio_mshare_resp>();
+                prop_assert!(len == back || len == refused, "{}", len);
+            } else {
                 let status = call(&mut guest, &req).status.get();
                 prop_assert!(status < 4096, "{status}");
             }
+            prop_assert!(!guest.needs_reset());
+            Ok(())
+        })?;
+    }
+
+    #[test]
+    fn any_queues_are_survived(ctrl in any_queue(), event in any_queue(), ack in any_queue()) {
+        thread_local! {
+            static POOL: Pool = Pool::new();
+        }
+        POOL.with(|pool| {
+            let mut guest = pool.guest(Policy::Private);
+            for (index, queue) in (0..).zip([&ctrl, &event, &ack]) {
+                queue.offer_to(&mut guest, index);
+            }
+            // The threads have a moment to look before the driver starts again.
+            thread::sleep(Duration::from_millis(2));
+            guest.write(0x70, 0);
+            guest.boot(0);
+            let status = call(&mut guest, &request(99)).status.get();
+            prop_assert_eq!(status, libc::EOPNOTSUPP.unsigned_abs());
             prop_assert!(!guest.needs_reset());
             Ok(())
         })?;
