@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
 
@@ -29,8 +29,11 @@ pub fn cargo(arguments: &[&str]) -> Command {
 }
 
 /// Runs a command and hands over its standard output line by line, newline
-/// included. Returns whether it succeeded.
-pub fn stream(command: &mut Command, mut line: impl FnMut(&[u8])) -> Result<bool, RunnerError> {
+/// included. Returns its status.
+pub fn stream(
+    command: &mut Command,
+    mut line: impl FnMut(&[u8]),
+) -> Result<ExitStatus, RunnerError> {
     let fail = |source, command: &Command| RunnerError::Spawn {
         program: command.get_program().to_string_lossy().into_owned(),
         source,
@@ -51,8 +54,7 @@ pub fn stream(command: &mut Command, mut line: impl FnMut(&[u8])) -> Result<bool
             buffer.clear();
         }
     }
-    let status = child.wait().map_err(|error| fail(error, command))?;
-    Ok(status.success())
+    child.wait().map_err(|error| fail(error, command))
 }
 
 /// Passes output on at once. A reader that is gone changes no result.
@@ -75,7 +77,7 @@ pub fn build(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>, RunnerError> 
             programs.push((name.to_owned(), path.into()));
         }
     })?;
-    if built {
+    if built.success() {
         return Ok(programs);
     }
     Err(RunnerError::Failed(format!(

@@ -113,7 +113,7 @@ fn names(program: &Path) -> Result<Vec<String>, RunnerError> {
             names.push(name.to_owned());
         }
     })?;
-    if listed {
+    if listed.success() {
         Ok(names)
     } else {
         Err(RunnerError::Failed(format!("{} --list", program.display())))

@@ -1,5 +1,6 @@
 //! Where guests run: on this machine, or in the lab.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -111,8 +112,9 @@ impl Run<'_> {
             Place::Here => {
                 let mut command = command(&self.program.to_string_lossy(), &[]);
                 command.args(self.arguments).envs(self.artifacts.env());
-                let done = stream(&mut command, |line| said(Said::Output(line)))?;
-                Ok(i32::from(!done))
+                let status = stream(&mut command, |line| said(Said::Output(line)))?;
+                let by_signal = || 128 + status.signal().unwrap_or(0);
+                Ok(status.code().unwrap_or_else(by_signal))
             }
             Place::Lab => self.in_lab(said),
         }

@@ -1,6 +1,11 @@
 //! What each policy lets a guest do.
 
+use std::os::unix::net::UnixStream;
+
+use mshare_pool::{Policy, Request, Role};
 use mshare_protocol::agent::{Map, MemOp, Op, RegionOp, SpinKind, Value};
+use mshare_protocol::broker::{FromBroker, Hello, ToBroker, VERSION};
+use mshare_protocol::frame;
 
 use crate::common::*;
 
@@ -78,6 +83,46 @@ fn protect_stops_a_writer_in_a_private_guest_before_it_returns() {
             "{value:?}"
         );
     }
+}
+
+/// A client with private tables that hears what it has to give up and never
+/// says that it has. It keeps its connection while the value lives.
+fn silent_client(pool: &Pool, region: u64) -> UnixStream {
+    let mut raw = UnixStream::connect(pool.socket()).unwrap();
+    let role = Role::Guest {
+        name: "silent".to_owned(),
+        policy: Policy::Private,
+    };
+    let hello = Hello {
+        version: VERSION,
+        role,
+        resume: None,
+    };
+    frame::send(&mut raw, &ToBroker::Hello(hello)).unwrap();
+    let welcome: FromBroker = frame::receive(&mut raw).unwrap();
+    assert!(matches!(welcome, FromBroker::Welcome(_)), "{welcome:?}");
+    let request = Request::Attach { id: region };
+    frame::send(&mut raw, &ToBroker::Request { tag: 1, request }).unwrap();
+    let reply: FromBroker = frame::receive(&mut raw).unwrap();
+    assert!(matches!(reply, FromBroker::Reply { result: Ok(_), .. }));
+    raw
+}
+
+#[test]
+fn protect_says_whom_it_could_not_stop() {
+    let pool = Pool::new();
+    let mut a = pool.guest("a", "rw");
+    a.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    let region = pool.admin.lookup(b"r").unwrap();
+    let silent = silent_client(&pool, region.id);
+    assert_eq!(errno_of(&mut a, protect_op(1)), libc::ETIMEDOUT);
+    // The right is gone all the same for those who walk the region's tables.
+    assert_eq!(try_access(&mut a, "w", 0, true), Some(libc::SIGSEGV));
+    drop(silent);
+    assert_eq!(errno_of(&mut a, protect_op(1)), 0);
+    assert_quiet(&mut a);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,36 @@ fn guest_sees_the_vcpus_it_was_given() {
         let (_dir, mut guest) = boot(&options);
         println!("{cpus} vCPUs: {:.1} s", begun.elapsed().as_secs_f64());
         assert_eq!(guest.agent.info().unwrap().cpus, cpus);
+        assert_quiet(&mut guest);
+    }
+}
+
+/// KiB of RAM that the guest's kernel gives out.
+fn mem_total(guest: &mut Guest) -> u64 {
+    let meminfo = guest.agent.read_file("/proc/meminfo").unwrap();
+    let meminfo = String::from_utf8(meminfo).unwrap();
+    let line = meminfo.lines().find(|line| line.starts_with("MemTotal:"));
+    let number = line.unwrap().split_whitespace().nth(1).unwrap();
+    number.parse().unwrap()
+}
+
+#[test]
+fn guest_has_the_memory_it_was_given() {
+    // Of 4 GiB one lies above the devices, in a memslot of its own.
+    for (mib, ranges) in [(128, 0), (4096, 1)] {
+        let mut options = Options::new("g");
+        options.memory_mib = mib;
+        let (_dir, mut guest) = boot(&options);
+        let (total, given) = (mem_total(&mut guest), u64::from(mib) << 10);
+        // Linux keeps its image and 1.6 % of the rest, for its page structures.
+        assert!(
+            total < given && total > given - given / 32 - (48 << 10),
+            "{total} KiB of {given}"
+        );
+        let iomem = guest.agent.read_file("/proc/iomem").unwrap();
+        let iomem = String::from_utf8(iomem).unwrap();
+        let high = |line: &&str| line.starts_with("100000000-") && line.ends_with("System RAM");
+        assert_eq!(iomem.lines().filter(high).count(), ranges, "{iomem}");
         assert_quiet(&mut guest);
     }
 }
@@ -230,6 +261,18 @@ fn several_guests_under_one_command_end_with_it() {
     );
 }
 
+/// Processes whose working directory is `dir`.
+fn processes_in(dir: &Path) -> Vec<String> {
+    let processes = std::fs::read_dir("/proc").unwrap();
+    processes
+        .filter_map(|entry| {
+            let path = entry.unwrap().path();
+            let cwd = std::fs::read_link(path.join("cwd")).ok()?;
+            (cwd == dir).then(|| path.display().to_string())
+        })
+        .collect()
+}
+
 #[test]
 fn what_cannot_boot_is_said_and_nothing_is_left_behind() {
     let images = Images::from_env().unwrap();
@@ -279,14 +322,27 @@ fn what_cannot_boot_is_said_and_nothing_is_left_behind() {
             "{n}",
         ),
     ] {
-        let output = Command::new(&images.vmm)
+        // Also the place of its temporary files.
+        let cwd = tempfile::tempdir().unwrap();
+        let mut command = Command::new(&images.vmm);
+        if !args.contains(&"--vsock") {
+            command.args(["--vsock", "cid=3,path=v{n}"]);
+        }
+        let output = command
+            .args(["--console", "file=console{n}"])
             .args(&args)
+            .current_dir(cwd.path())
+            .env("TMPDIR", cwd.path())
+            .env_remove("XDG_RUNTIME_DIR")
             .stdin(Stdio::null())
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(status), "{args:?}: {said}");
         assert!(said.contains(words), "{args:?}: {said}");
+        let left: Vec<_> = std::fs::read_dir(cwd.path()).unwrap().collect();
+        assert!(left.is_empty(), "{args:?} leaves {left:?}");
+        assert_eq!(processes_in(cwd.path()), [""; 0], "{args:?}");
     }
 }
 
