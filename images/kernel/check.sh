@@ -70,10 +70,11 @@ for p in "$here"/patches/*.patch; do
 		fail "$name does not apply"
 		break
 	fi
-	# Programs may spin on volatile words, name ENOSYS and use ELF's types.
+	# Programs may spin on volatile words, name ENOSYS and use ELF's types, and
+	# have no BIT().
 	rules=(--strict)
 	[[ $name != *-selftests-* ]] ||
-		rules=(--ignore VOLATILE,ENOSYS,CAMELCASE,LONG_LINE_STRING,EMBEDDED_FUNCTION_NAME)
+		rules+=(--ignore VOLATILE,ENOSYS,CAMELCASE,LONG_LINE_STRING,EMBEDDED_FUNCTION_NAME,BIT_MACRO)
 	(cd "$work" && perl scripts/checkpatch.pl "${rules[@]}" --terse \
 		--no-summary "$p") || fail "$name: checkpatch"
 
