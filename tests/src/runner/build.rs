@@ -98,15 +98,18 @@ pub fn programs() -> Result<Vec<(String, PathBuf)>, RunnerError> {
     // By itself: in one build with the tests it would be compiled with what they
     // ask of its crates, the ablations of the pool.
     let mut programs = build(&["build", "-p", "vmm", "--bins"])?;
-    programs.extend(build(&[
-        "build",
-        "-p",
-        "guest-agent",
-        "-p",
-        "mshare-tests",
-        "--bins",
-    ])?);
+    programs.extend(programs_but_the_vmm()?);
     Ok(programs)
+}
+
+/// Compiles what a guest without a VMM needs and returns the agent.
+pub fn agent() -> Result<PathBuf, RunnerError> {
+    program(&programs_but_the_vmm()?, "guest-agent")
+}
+
+fn programs_but_the_vmm() -> Result<Vec<(String, PathBuf)>, RunnerError> {
+    let packages = ["-p", "guest-agent", "-p", "mshare-tests"];
+    build(&[&["build", "--bins"], &packages[..]].concat())
 }
 
 /// One of the programs.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mshare_protocol::report::chain;
 
-use super::build::{guest_kernel, program, programs};
+use super::build::{agent, guest_kernel};
 use super::tally::Tally;
 use super::{RunnerError, Stages};
 use crate::selftests::ablation::{ABLATIONS, Ablation};
@@ -119,7 +119,7 @@ pub fn guest(kernel: PathBuf, flavour: Flavour) -> Result<Guest, RunnerError> {
     Ok(Guest {
         kernel,
         flavour,
-        agent: program(&programs()?, "guest-agent")?,
+        agent: agent()?,
     })
 }
 

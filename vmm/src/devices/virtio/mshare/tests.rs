@@ -125,18 +125,22 @@ fn used(guest: &mut Guest, queue: usize) -> (u32, u32) {
     }
 }
 
-fn call(guest: &mut Guest, req: &virtio_mshare_req) -> virtio_mshare_resp {
+/// Makes a request with room for an answer of `back` bytes; returns how many the
+/// device wrote.
+fn exchange(guest: &mut Guest, req: &virtio_mshare_req, back: u32) -> u32 {
     guest
         .mem
         .write_slice(req.as_bytes(), GuestAddress(REQ))
         .unwrap();
-    let (out, back) = (
-        len_of::<virtio_mshare_req>(),
-        len_of::<virtio_mshare_resp>(),
-    );
+    let out = len_of::<virtio_mshare_req>();
     guest.queues[0].push(&[(REQ, out, 0), (RESP, back, WRITE)]);
     guest.notify(0);
-    assert_eq!(used(guest, 0).1, back);
+    used(guest, 0).1
+}
+
+fn call(guest: &mut Guest, req: &virtio_mshare_req) -> virtio_mshare_resp {
+    let back = len_of::<virtio_mshare_resp>();
+    assert_eq!(exchange(guest, req, back), back);
     let mut bytes = [0; size_of::<virtio_mshare_resp>()];
     guest
         .mem
@@ -392,14 +396,8 @@ fn list_pages_through_the_directory() {
     let mut names = Vec::new();
     loop {
         let req = about(VIRTIO_MSHARE_T_LIST, from);
-        guest
-            .mem
-            .write_slice(req.as_bytes(), GuestAddress(REQ))
-            .unwrap();
         let back = len_of::<virtio_mshare_list>();
-        guest.queues[0].push(&[(REQ, len_of::<virtio_mshare_req>(), 0), (RESP, back, WRITE)]);
-        guest.notify(0);
-        assert_eq!(used(&mut guest, 0).1, back);
+        assert_eq!(exchange(&mut guest, &req, back), back);
         let mut bytes = vec![0; size_of::<virtio_mshare_list>()];
         guest
             .mem
@@ -691,12 +689,9 @@ proptest! {
             bytes.extend(&rest);
             let req = virtio_mshare_req::read_from_bytes(&bytes).unwrap();
             if kind == VIRTIO_MSHARE_T_LIST {
-                guest.mem.write_slice(&bytes, GuestAddress(REQ)).unwrap();
-                let (out, back) = (len_of::<virtio_mshare_req>(), len_of::<virtio_mshare_list>());
-                guest.queues[0].push(&[(REQ, out, 0), (RESP, back, WRITE)]);
-                guest.notify(0);
+                let back = len_of::<virtio_mshare_list>();
+                let len = exchange(&mut guest, &req, back);
                 // A refusal is no longer than that of any other request.
-                let len = used(&mut guest, 0).1;
                 let refused = len_of::<virtio_mshare_resp>();
                 prop_assert!(len == back || len == refused, "{}", len);
             } else {
