@@ -495,6 +495,44 @@ fn region_appears_with_its_memslots_and_goes_with_them() {
     assert_eq!(stop(&mut a, reader), End::Stopped);
 }
 
+/// A VMM takes the memslots away before it tells the broker that it is detached: a
+/// guest whose slots stay reads what the next owner of the memory has written.
+#[test]
+fn memory_with_a_new_owner_is_out_of_reach_unless_the_slots_have_stayed() {
+    const NEXT: u64 = 0x5ec3e7;
+    for removed in [true, false] {
+        let bench = Bench::new(None);
+        let mut a = bench.guest(LINK_RW);
+        if removed {
+            bench.hide(&a);
+        }
+        bench.client.detach(bench.region.id).unwrap();
+        admin::remove(&bench.client, b"r").unwrap();
+        let next = admin::create(&bench.client, b"next", 0o600, REGION_VA, LEN).unwrap();
+        let next = bench.client.attach(next.id).unwrap();
+        assert_eq!(
+            (next.table_off, next.data_off),
+            (bench.region.table_off, bench.region.data_off),
+            "the memory is not given away again, so that this shows nothing"
+        );
+        let secret = NEXT.to_le_bytes();
+        admin::fill(&bench.client, b"next", 0, &mut secret.as_slice()).unwrap();
+
+        let reader = a.vm.start(Program::Read, 0).unwrap();
+        if removed {
+            let end = a.vm.finish(reader).unwrap();
+            assert!(
+                matches!(end, End::Fault { .. } | End::Mmio { .. } | End::Other(_)),
+                "{end:?}"
+            );
+        } else {
+            turning(&reader);
+            assert_eq!(reader.last(), NEXT);
+            assert_eq!(stop(&mut a, reader), End::Stopped);
+        }
+    }
+}
+
 #[test]
 fn regions_that_are_not_attached_are_out_of_reach() {
     let bench = Bench::new(None);

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use mshare_tests::demo;
 use mshare_tests::guests::Images;
+use mshare_tests::lab;
 
 fn main() -> ExitCode {
     let images = match Images::from_env() {
@@ -13,6 +14,9 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if let Err(error) = lab::set_shmem_enabled("advise") {
+        eprintln!("demo: the lab gives no huge pages, so this takes longer: {error}");
+    }
     if demo::run(&images) {
         ExitCode::SUCCESS
     } else {

@@ -9,7 +9,7 @@ use mshare_protocol::agent::{Map, MemOp, Op, Value};
 use vmm::agent_client::AgentClient;
 
 use super::{Failed, PROCESSES, REGION, REGION_LEN, REGION_START, ensure};
-use crate::guests::{BOOT_LIMIT, Images, Process};
+use crate::guests::{BOOT_LIMIT, Images, Process, SHORT_CONSOLE};
 
 /// Two guests under a supervisor.
 #[derive(Debug)]
@@ -39,7 +39,9 @@ impl Pair {
             .arg(&images.kernel)
             .arg("--initrd")
             .arg(&images.initrd)
-            .args(["--guests", "2", "--cpus", "2", "--memory", "256M", "--pool"])
+            .args(["--guests", "2", "--cpus", "2", "--memory", "256M"])
+            .args(["--cmdline", SHORT_CONSOLE])
+            .arg("--pool")
             .arg(format!(
                 "size=1G,socket={},policy={policy}",
                 at("pool").display()

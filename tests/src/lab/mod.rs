@@ -38,6 +38,8 @@ pub use init::run_if_init;
 pub use kernel::{KernelError, LabKernel};
 pub use wire::{Ended, Hello};
 
+/// Whether shared memory gets huge pages (`Documentation/admin-guide/mm/transhuge.rst`).
+pub const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 /// Environment variable that commands in a lab find set.
 pub const IN_LAB: &str = "MSHARE_IN_LAB";
 /// How often a run is started again that died of the emulator.
@@ -178,6 +180,18 @@ pub enum LabError {
     /// The lab could not read a path it was to send back.
     #[error("cannot bring back {0}")]
     OutputMissing(String),
+}
+
+/// In a lab, which is the program's own machine, sets [`SHMEM_ENABLED`]. Elsewhere
+/// that is up to who runs the machine.
+///
+/// # Errors
+/// The lab's kernel refuses.
+pub fn set_shmem_enabled(mode: &str) -> io::Result<()> {
+    if std::env::var_os(IN_LAB).is_some() {
+        std::fs::write(SHMEM_ENABLED, mode)?;
+    }
+    Ok(())
 }
 
 impl LabError {

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use mshare_protocol::agent::{Map, Op};
+use mshare_protocol::agent::{Map, Op, RegionOp, Value};
 use mshare_tests::guests::{Guest, Images, Options, Process};
 
 use crate::common::*;
+use crate::removal::{device, tell_driver};
 
 const LEN: u64 = 16 * MIB;
 
@@ -62,7 +63,7 @@ fn guests_outlive_their_broker_and_the_next_one_goes_on() {
     assert_eq!(load(&mut a, "w", 0), 12);
     let mut waiting = a.second_agent().unwrap();
     let asked = std::thread::spawn(move || {
-        waiting.region(mshare_protocol::agent::RegionOp::Protect {
+        waiting.region(RegionOp::Protect {
             name: "pool/r".to_owned(),
             offset: 0,
             len: PAGE,
@@ -90,6 +91,50 @@ fn guests_outlive_their_broker_and_the_next_one_goes_on() {
     b.agent.stop_group("w").unwrap();
     assert_quiet(&mut a);
     assert_quiet(&mut b);
+}
+
+#[test]
+fn who_waits_for_a_broker_can_be_killed_and_fails_when_the_device_goes() {
+    let images = Images::from_env().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("pool");
+    let mut broker = broker(&images, dir.path(), &["--size", "1G"]);
+    eventually("the broker answers", || {
+        mshare_pool::admin::connect(&socket).is_ok()
+    });
+    let options = Options::new("a").pool(&socket, "rw");
+    let mut a = Guest::start(&images, dir.path(), &options).unwrap();
+    a.agent
+        .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
+        .unwrap();
+    a.agent.start_group("killed", 1, None).unwrap();
+    broker.kill().unwrap();
+    let protect = RegionOp::Protect {
+        name: "pool/r".to_owned(),
+        offset: 0,
+        len: PAGE,
+        prot: 1,
+    };
+    let ask = |group: &'static str| {
+        let mut agent = a.second_agent().unwrap();
+        let op = Op::Region(protect.clone());
+        std::thread::spawn(move || agent.run_one(group, 0, op))
+    };
+    let asked = [ask("w"), ask("killed")];
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(asked.iter().all(|asked| !asked.is_finished()));
+    let [fails, killed] = asked;
+
+    let ended = a.agent.kill_group("killed", None).unwrap();
+    assert_eq!(ended[0].result, Ok(Value::Signalled(libc::SIGKILL)));
+    killed.join().unwrap().unwrap_err();
+    assert!(!fails.is_finished());
+
+    let device = device(&mut a);
+    tell_driver(&mut a, "unbind", &device);
+    let error = fails.join().unwrap().unwrap_err();
+    assert_eq!(error.errno(), Some(libc::EIO), "{error}");
+    assert_quiet(&mut a);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use mshare_protocol::agent::{Map, MemOp, Op, Spin, SpinKind, Value};
 use mshare_protocol::entry::Prot;
 use mshare_tests::guests::{Guest, Images};
-use mshare_tests::lab::IN_LAB;
+use mshare_tests::lab::{SHMEM_ENABLED, set_shmem_enabled};
 
 use crate::common::*;
 
@@ -124,38 +124,52 @@ fn writer_under_a_huge_entry_is_stopped_and_its_neighbour_goes_on() {
     assert_quiet(&mut b);
 }
 
-/// The data is asked for in huge pages; whether there are any is up to the host.
+/// The data is asked for in huge pages, whatever the entries map; whether there
+/// are any is up to the host. With them the second stage is small, too.
 #[test]
 fn data_is_backed_by_huge_pages_where_the_host_has_them() {
-    const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    if std::env::var_os(IN_LAB).is_some() {
-        // The lab is the test's own machine.
-        std::fs::write(ENABLED, "advise").unwrap();
+    for mode in ["never", "advise"] {
+        set_shmem_enabled(mode).unwrap();
+        for pool in [Pool::new(), huge()] {
+            backed_by_huge_pages(&pool);
+        }
     }
-    let modes = std::fs::read_to_string(ENABLED).unwrap();
-    let expected = ["[advise]", "[always]", "[within_size]", "[force]"]
-        .iter()
-        .any(|mode| modes.contains(mode));
-    let pool = huge();
-    let [mut a, _b] = pair(&pool, "rw");
-    a.agent
-        .run_all("w", at(0, MemOp::Fill { len: 0, seed: 1 }))
-        .unwrap();
-    let smaps = format!("/proc/{}/smaps_rollup", a.process.pid());
-    let smaps = std::fs::read_to_string(smaps).unwrap();
-    let mapped: u64 = smaps
-        .lines()
-        .find_map(|line| line.strip_prefix("ShmemPmdMapped:"))
+}
+
+/// A figure of a file such as `/proc/meminfo`, in KiB.
+fn kib(path: &str, name: &str) -> u64 {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
         .and_then(|rest| rest.split_whitespace().next())
         .unwrap()
         .parse()
+        .unwrap()
+}
+
+fn backed_by_huge_pages(pool: &Pool) {
+    let modes = std::fs::read_to_string(SHMEM_ENABLED).unwrap();
+    let expected = ["[advise]", "[always]", "[within_size]", "[force]"]
+        .iter()
+        .any(|mode| modes.contains(mode));
+    let [mut a, _b] = pair(pool, "rw");
+    let second_stage = || kib("/proc/meminfo", "SecPageTables");
+    let before = second_stage();
+    a.agent
+        .run_all("w", at(0, MemOp::Fill { len: 0, seed: 1 }))
         .unwrap();
+    let grown = second_stage().saturating_sub(before);
+    let smaps = format!("/proc/{}/smaps_rollup", a.process.pid());
+    let mapped = kib(&smaps, "ShmemPmdMapped");
     println!(
-        "{mapped} KiB of {} in huge pages, {}",
+        "{mapped} KiB of {} in huge pages, {grown} KiB of second-stage tables, {}",
         LEN >> 10,
         modes.trim()
     );
     assert_eq!(mapped == LEN >> 10, expected, "{modes}");
+    // 8 bytes for each 4 KiB, or next to nothing.
+    let small_pages = (LEN / PAGE * 8) >> 10;
+    assert_eq!(grown < small_pages / 2, expected, "{grown} KiB, {modes}");
 
     // Less than 2 MiB of it goes, and only that.
     let id = pool.admin.lookup(b"r").unwrap().id;

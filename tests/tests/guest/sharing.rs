@@ -163,7 +163,8 @@ fn discard_reads_as_zero_everywhere_and_frees_memory() {
 
     discard(&mut a, "pool/r", 8 * MIB, 8 * MIB);
 
-    assert!(pool.admin.stat(id).unwrap().resident <= LEN - 8 * MIB + PAGE);
+    // The reader has a page again: of 2 MiB, where the host has such.
+    assert!(pool.admin.stat(id).unwrap().resident <= LEN - 6 * MIB);
     eventually("the reader sees zero", || {
         let status = b.agent.run_one("w", 0, Op::SpinStatus).unwrap();
         matches!(status, Value::Spin(spin) if spin.last_value == 0)

@@ -655,6 +655,8 @@ mod crash {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     fn files() -> PoolFiles {
@@ -676,6 +678,31 @@ mod tests {
             assert_eq!(rustix::fs::ftruncate(fd, 4096), Err(Errno::PERM));
             assert_eq!(rustix::fs::ftruncate(fd, 1 << 30), Err(Errno::PERM));
         }
+    }
+
+    /// Why they are sealed: the memory of whoever maps an unsealed file is gone as
+    /// soon as a peer says so. The kernel is asked to read it, as it answers EFAULT
+    /// where a load would be SIGBUS.
+    #[test]
+    fn file_without_seals_shrinks_under_its_mapping() {
+        let unsealed = rustix::fs::memfd_create("x", MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&unsealed, 8192).unwrap();
+        let mapping = Mapping::new(unsealed.as_fd(), 0, 8192, Access::ReadOnly).unwrap();
+        let (_reader, writer) = rustix::pipe::pipe().unwrap();
+        let kernel_reads = || {
+            // SAFETY: the kernel reads 8 bytes of the mapping, or finds that it cannot.
+            let count = unsafe {
+                libc::write(
+                    writer.as_raw_fd(),
+                    mapping.as_ptr().add(4096).cast_const().cast(),
+                    8,
+                )
+            };
+            (count, io::Error::last_os_error().raw_os_error())
+        };
+        assert_eq!(kernel_reads().0, 8);
+        rustix::fs::ftruncate(&unsealed, 4096).unwrap();
+        assert_eq!(kernel_reads(), (-1, Some(libc::EFAULT)));
     }
 
     #[test]
