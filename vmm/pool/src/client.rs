@@ -10,7 +10,7 @@
 //! (`pool-client`) reads the socket and delivers [`Event`]s.
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use mshare_protocol::broker::{
     Failure, FromBroker, Geometry, PoolStat, Region, Reply, Request, Role, ToBroker,
 };
 use mshare_protocol::entry::Prot;
-use mshare_protocol::frame::{self, MAX_FRAME};
+use mshare_protocol::frame::{self, FrameError, MAX_FRAME};
 use mshare_protocol::report::chain;
 use rustix::io::Errno;
 
@@ -604,9 +604,20 @@ fn read_messages(
             Ok(FromBroker::Welcome(_)) => log::warn!("a second welcome from the broker"),
             Err(e) => {
                 log::debug!("the broker's messages end: {}", chain(&e));
-                return None;
+                return torn(&e).then(|| failure(Errno::PROTO, chain(&e)));
             }
         }
+    }
+}
+
+/// Whether the broker's messages ended within one. A broker that lives may have
+/// tried to give this client up, and takes the end of the connection for the end of
+/// its memslots.
+fn torn(error: &FrameError) -> bool {
+    match error {
+        FrameError::Closed => false,
+        FrameError::Io(error) => error.kind() == io::ErrorKind::UnexpectedEof,
+        FrameError::TooLong(_) | FrameError::Codec(_) => true,
     }
 }
 

@@ -42,8 +42,7 @@ pub struct PoolConfig {
     pub table_slack: u64,
     /// Most regions that may exist at a time, unlinked ones included.
     pub max_regions: usize,
-    /// Map regions by 2 MiB entries where protections allow it, and ask the
-    /// kernel to back them so.
+    /// Map regions by 2 MiB entries where protections allow it.
     pub huge_pages: bool,
     /// Element of the safety protocol to leave out.
     #[cfg(feature = "ablation")]

@@ -313,6 +313,9 @@ impl Shared {
 
     fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
+        // An edit that is under way ends first: once the socket is free, another
+        // broker may recover the pool, and there must be one writer.
+        drop(lock(&self.broker).take());
         if let Some(listener) = lock(&self.listener).take() {
             // Wakes the accepting thread.
             let _ = rustix::net::shutdown(listener.socket(), rustix::net::Shutdown::Both);
@@ -604,7 +607,8 @@ impl Shared {
                 region.resident =
                     memory::resident(files.data(), region.data_off, region.len).unwrap_or(0);
             }
-            if connection.given_up() {
+            // Without an answer the client asks the next broker again.
+            if connection.given_up() || self.stopping() {
                 return;
             }
             if let Err(e) = connection.send(&FromBroker::Reply { tag, result }) {

@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use mshare_pool::broker::Broker;
 use mshare_pool::client::{Client, ClientError, Event};
 use mshare_pool::layout::PoolConfig;
 use mshare_pool::server::{Listener, Options, Server, ServerError};
-use mshare_pool::{Failure, Policy, Region, Role};
+use mshare_pool::{Failure, Policy, Region, Role, wire};
 use mshare_protocol::broker::{FromBroker, Hello, Request, ToBroker, VERSION};
 use mshare_protocol::entry::Prot;
 use mshare_protocol::frame;
@@ -579,6 +579,42 @@ fn a_call_that_waits_for_a_broker_ends_with_close() {
         client.close();
         assert_eq!(call.join().unwrap(), Errno::SHUTDOWN);
     });
+}
+
+/// What the client makes of a broker that says `last` and closes.
+fn event_after(last: &[u8]) -> Event {
+    let real = pool(64 * MIB);
+    let (other, _) = guest(&real.path, "other", Policy::Rw);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (geometry, last) = (*other.geometry(), last.to_vec());
+    let broker = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _hello: ToBroker = frame::receive(&mut stream).unwrap();
+        let welcome = FromBroker::Welcome(geometry);
+        wire::send_with_fds(&stream, &welcome, &other.files().all()).unwrap();
+        stream.write_all(&last).unwrap();
+    });
+    let (client, events) = guest(&path, "g", Policy::Rw);
+    broker.join().unwrap();
+    let event = events.recv_timeout(Duration::from_secs(5)).unwrap();
+    client.close();
+    event
+}
+
+#[test]
+fn a_broker_that_breaks_off_within_a_message_is_not_taken_for_dead() {
+    assert_eq!(event_after(&[]), Event::Lost);
+    for torn in [
+        &[9][..],
+        &[9, 0, 0, 0, 1],
+        &[2, 0, 0, 0, 0xff, 0xff],
+        &[0xff; 8],
+    ] {
+        let event = event_after(torn);
+        assert!(matches!(event, Event::Dropped(_)), "{torn:?}: {event:?}");
+    }
 }
 
 #[test]

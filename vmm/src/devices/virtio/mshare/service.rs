@@ -83,6 +83,10 @@ impl Service {
             last = bells.generation;
             let rings = [&bells.event, &bells.ack];
             self.attend(&bells, &rings, || self.serve_driver(&bells));
+            let acker = self.client.acker();
+            for seq in self.shared.acks_of_reset() {
+                acker.ack(seq);
+            }
         }
     }
 

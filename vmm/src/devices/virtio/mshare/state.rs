@@ -104,6 +104,8 @@ pub(super) struct State {
     waiting: VecDeque<virtio_mshare_event>,
     /// Events, told or not, that the driver has not acknowledged.
     unacked: BTreeSet<u64>,
+    /// Those that a reset has acted on: the guest sees no region any more.
+    to_ack: BTreeSet<u64>,
     /// KVM has not removed a memslot, for which the run ends.
     stuck: bool,
     /// The device is gone, and no vCPU runs any more.
@@ -174,9 +176,14 @@ impl Shared {
         let mut state = self.lock();
         state.generation += 1;
         state.waiting.clear();
-        state.unacked.clear();
         let gone = self.remove_all(&mut state);
         state.to_detach.extend(gone);
+        // Nobody else will acknowledge them; the broker would wait for nothing and
+        // then give this guest up.
+        let mut owed = std::mem::take(&mut state.unacked);
+        if state.attached.is_empty() {
+            state.to_ack.append(&mut owed);
+        }
         if let Some(bells) = state.bells.take() {
             ring(&bells.stop);
         }
@@ -365,6 +372,11 @@ impl Shared {
             active.interrupt.signal_used();
         }
         Ok(())
+    }
+
+    /// Takes the acknowledgements that a reset owes the broker.
+    pub(super) fn acks_of_reset(&self) -> BTreeSet<u64> {
+        std::mem::take(&mut self.lock().to_ack)
     }
 
     /// Takes an acknowledgement; whether the driver owed it.

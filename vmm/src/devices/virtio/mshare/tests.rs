@@ -448,6 +448,24 @@ fn private_guest_is_told_and_its_acknowledgement_ends_the_wait() {
     assert_eq!(pool.vm.memslots(), 2);
 }
 
+#[test]
+fn reset_acknowledges_what_the_driver_owes() {
+    let pool = Pool::new();
+    let (mut guest, shared, id) = attached(&pool, Policy::Private);
+    let admin = admin::connect(&pool.socket).unwrap();
+    let asked = thread::spawn(move || {
+        let prot = mshare_protocol::entry::Prot::Read;
+        admin.protect(id, 0, 4096, prot)
+    });
+    event(&mut guest);
+    guest.write(0x70, 0);
+    guest.boot(0);
+    ok(&mut guest, &about(VIRTIO_MSHARE_T_ATTACH, id));
+    assert_eq!(asked.join().unwrap(), Ok(()));
+    assert_eq!(shared.lock().revocations, 0, "the guest was given up");
+    assert_eq!(pool.vm.memslots(), 2);
+}
+
 /// Waits for the next event; buffers must be there.
 fn event(guest: &mut Guest) -> virtio_mshare_event {
     let at = RESP + 0x1000;
