@@ -63,7 +63,8 @@ pub struct RunArgs {
     /// The default is stdio for one guest and output for several.
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleConfig>,
-    /// Number of guests; `{n}` in a path stands for a guest's number
+    // Not written out: clap takes {n} for a line break.
+    /// Number of guests; in a path, the letter n in braces is the guest's number
     #[arg(long, value_name = "N", default_value_t = 1)]
     guests: u32,
     /// Share a pool: join the broker at SOCKET, or make a pool with size=N

@@ -351,7 +351,8 @@ fn check_huge_pages(shmem_enabled: &str, memory: &str) -> Check {
         State::Fair
     };
     let found = format!("shared memory: {mode}; reserved: {reserved}");
-    let advice = "for speed only: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let advice = "for speed, and for small second-stage tables of guests with a pool: \
+                  echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled";
     Check::new("huge pages", state, found, advice)
 }
 
