@@ -42,7 +42,8 @@ pub enum Event {
     /// drop what it derived from them; then [`Acker::ack`] `seq`. If the guest
     /// has nothing of region `id` mapped (or no driver is bound), acknowledge
     /// at once: the event may even come before the answer to the ATTACH. After
-    /// 2 s without an acknowledgement the broker gives this client up.
+    /// 2 s (and 250 ms for each GiB) without an acknowledgement the broker gives
+    /// this client up.
     Invalidate {
         /// Region.
         id: u64,

@@ -62,6 +62,9 @@ pub struct Options {
     /// How long a client may take to acknowledge an event, and then again to
     /// close once it is given up.
     pub ack_limit: Duration,
+    /// What is added to that for each GiB of the range: who has many processes
+    /// attached drops as many entries of their tables.
+    pub ack_per_gib: Duration,
     /// How long a client may take to say hello, or to read an answer.
     pub io_limit: Duration,
     /// How long requests wait after a recovery for clients that have not
@@ -74,9 +77,18 @@ impl Default for Options {
         Self {
             max_connections: 256,
             ack_limit: Duration::from_secs(2),
+            ack_per_gib: Duration::from_millis(250),
             io_limit: Duration::from_secs(5),
             grace: Duration::from_secs(5),
         }
+    }
+}
+
+impl Options {
+    /// How long a client may take to act on a change of `len` bytes.
+    fn patience(&self, len: u64) -> Duration {
+        let mib = u32::try_from(len >> 20).unwrap_or(u32::MAX);
+        self.ack_limit + self.ack_per_gib.saturating_mul(mib) / 1024
     }
 }
 
@@ -659,7 +671,8 @@ impl Shared {
                 let _ = connection.send(&message(event, *seq));
             }
         }
-        let deadline = after(self.options.ack_limit);
+        let limit = self.options.patience(event.len);
+        let deadline = after(limit);
         let mut late = Vec::new();
         for (session, connection, seq) in told {
             let acted = |s: &ConnectionState| s.gone || !s.pending.contains(&seq);
@@ -668,8 +681,8 @@ impl Shared {
             // client has sent is still to be read.
             if !connection.wait(deadline, heard) && !connection.wait(after(DRAIN), heard) {
                 let text = format!(
-                    "no acknowledgement of event {seq} (region {}) within {:?}",
-                    event.id, self.options.ack_limit
+                    "no acknowledgement of event {seq} (region {}) within {limit:?}",
+                    event.id
                 );
                 self.give_up(session, &connection, failure(Errno::TIMEDOUT, text));
             }

@@ -255,6 +255,29 @@ fn a_silent_guest_is_dropped_and_others_go_on() {
 }
 
 #[test]
+fn a_long_range_may_take_longer() {
+    let options = Options {
+        ack_per_gib: Duration::from_secs(5),
+        ..quick()
+    };
+    let pool = pool_with(2 * GIB, options);
+    let (a, _) = guest(&pool.path, "a", Policy::Rw);
+    let (p, p_events) = guest(&pool.path, "p", Policy::Private);
+    let region = make(&a, b"r", GIB, 2 * GIB);
+    p.attach(region.id).unwrap();
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| a.protect(region.id, 0, 2 * GIB, Prot::Read));
+        let Event::Invalidate { seq, .. } = p_events.recv().unwrap() else {
+            panic!("no invalidation");
+        };
+        std::thread::sleep(4 * quick().ack_limit);
+        p.ack(seq);
+        asked.join().unwrap().unwrap();
+    });
+    assert_eq!(a.stat(region.id).unwrap().attached, ["a", "p"]);
+}
+
+#[test]
 fn a_right_is_not_gone_while_a_silent_guest_keeps_its_connection() {
     let pool = pool_with(64 * MIB, quick());
     let (a, _) = guest(&pool.path, "a", Policy::Rw);
