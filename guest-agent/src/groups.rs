@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use mshare_protocol::agent::{Failure, GroupInfo, Op, OpError, Outcome, Run, StartGroup, Value};
@@ -29,6 +29,9 @@ struct Worker {
     pid: i32,
     /// Held during an operation.
     channel: Mutex<Channel>,
+    /// How it ended, if that was found during an operation. The reaper tells it
+    /// once.
+    ended: OnceLock<ExitStatus>,
 }
 
 #[derive(Debug)]
@@ -188,6 +191,7 @@ impl Groups {
             index,
             pid,
             channel: Mutex::new(Channel::Open(ours)),
+            ended: OnceLock::new(),
         };
         if let Some(cpu) = cpu
             && let Err(e) = pin_to(pid, cpu)
@@ -209,7 +213,7 @@ impl Groups {
                 if let Channel::Open(stream) = &mut *channel
                     && let Err(e) = frame::send(stream, op)
                 {
-                    let why = self.gone(worker.pid, &e);
+                    let why = self.gone(worker, &e);
                     *channel = Channel::Closed(why);
                 }
                 channel
@@ -225,7 +229,7 @@ impl Groups {
                     Channel::Open(stream) => match receive(stream, deadline) {
                         Ok(result) => result,
                         Err(e) => {
-                            let why = self.gone(worker.pid, &e);
+                            let why = self.gone(worker, &e);
                             **channel = Channel::Closed(why.clone());
                             Err(OpError::Gone(why))
                         }
@@ -238,13 +242,16 @@ impl Groups {
 
     /// After an error on the channel of a worker: it has died, or hangs and is
     /// killed. Says which.
-    fn gone(&self, pid: i32, error: &FrameError) -> String {
+    fn gone(&self, worker: &Worker, error: &FrameError) -> String {
         let late = matches!(error, FrameError::Io(e)
             if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut));
         if late {
-            self.reaper.kill(pid, false);
+            self.reaper.kill(worker.pid, false);
         }
-        let status = self.reaper.wait(pid, EXIT_TIMEOUT);
+        let status = self.reaper.wait(worker.pid, EXIT_TIMEOUT);
+        if let Some(status) = status {
+            worker.ended.get_or_init(|| status);
+        }
         let end = status.map_or_else(|| error.to_string(), |s| s.to_string());
         if late {
             format!("no answer in time, killed ({end})")
@@ -271,7 +278,9 @@ impl Groups {
                     self.reaper.kill(worker.pid, false);
                     status = self.reaper.wait(worker.pid, EXIT_TIMEOUT);
                 }
+                // Waits for an operation under way, which may have been told first.
                 let before = worker.close("it was killed");
+                let status = status.or_else(|| worker.ended.get().copied());
                 worker.outcome(match (status, before) {
                     (Some(status), _) => Ok(exited(status)),
                     (None, Some(why)) => Err(OpError::Gone(why)),
