@@ -490,6 +490,11 @@ impl Shared {
     }
 
     fn recover(self: &Arc<Self>, hello: &Hello, fds: Vec<OwnedFd>) -> Result<Broker, Failure> {
+        // Then there is no broker because `stop` has taken it: the pool is the next
+        // one's to recover.
+        if self.stopping() {
+            return Err(failure(Errno::AGAIN, "the broker stops; try again"));
+        }
         let Some(resume) = &hello.resume else {
             return Err(failure(
                 Errno::AGAIN,
