@@ -28,6 +28,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use vmm::doctor::SHMEM_ENABLED;
 
 use crate::cpio::{Archive, CpioError};
 use crate::qemu::{self, Channel, QEMU, Qemu};
@@ -38,8 +39,6 @@ pub use init::run_if_init;
 pub use kernel::{KernelError, LabKernel};
 pub use wire::{Ended, Hello};
 
-/// Whether shared memory gets huge pages (`Documentation/admin-guide/mm/transhuge.rst`).
-pub const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 /// Environment variable that commands in a lab find set.
 pub const IN_LAB: &str = "MSHARE_IN_LAB";
 /// How often a run is started again that died of the emulator.

@@ -1,11 +1,13 @@
 //! A broker of its own: what outlives it, and what `vmm pool` shows.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mshare_protocol::agent::{Map, Op, RegionOp, Value};
 use mshare_tests::guests::{Guest, Images, Options, Process};
+use vmm::agent_client::AgentError;
 
 use crate::common::*;
 use crate::removal::{device, tell_driver};
@@ -27,23 +29,64 @@ fn text(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// A broker in a process of its own, ready to answer.
-fn broker(images: &Images, dir: &Path, args: &[&str]) -> Process {
+/// A broker in a process of its own.
+fn start(images: &Images, dir: &Path, args: &[&str]) -> Process {
     let socket = dir.join("pool");
     let mut command = Command::new(&images.vmm);
     command.arg("pool").arg("--socket").arg(&socket).args(args);
     Process::start("broker", dir, command).unwrap()
 }
 
+/// A broker that answers, and what it was started with.
+struct Own {
+    images: Images,
+    dir: tempfile::TempDir,
+    socket: PathBuf,
+    broker: Process,
+}
+
+impl Own {
+    fn new(size: &str) -> Self {
+        let images = Images::from_env().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("pool");
+        let broker = start(&images, dir.path(), &["--size", size]);
+        eventually("the broker answers", || {
+            mshare_pool::admin::connect(&socket).is_ok()
+        });
+        Self {
+            images,
+            dir,
+            socket,
+            broker,
+        }
+    }
+}
+
+/// Has a process of `group` take the right to write the first page away, which waits
+/// for the broker.
+fn ask(guest: &Guest, group: &'static str) -> JoinHandle<Result<Value, AgentError>> {
+    let mut agent = guest.second_agent().unwrap();
+    let protect = RegionOp::Protect {
+        name: "pool/r".to_owned(),
+        offset: 0,
+        len: PAGE,
+        prot: 1,
+    };
+    let asked = std::thread::spawn(move || agent.run_one(group, 0, Op::Region(protect)));
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!asked.is_finished(), "who has answered?");
+    asked
+}
+
 #[test]
 fn guests_outlive_their_broker_and_the_next_one_goes_on() {
-    let images = Images::from_env().unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("pool");
-    let mut first = broker(&images, dir.path(), &["--size", "1G"]);
-    eventually("the broker answers", || {
-        mshare_pool::admin::connect(&socket).is_ok()
-    });
+    let Own {
+        images,
+        dir,
+        socket,
+        mut broker,
+    } = Own::new("1G");
     let options = |name: &str| Options::new(name).pool(&socket, "rw");
     let mut a = Guest::start(&images, dir.path(), &options("a")).unwrap();
     let mut b = Guest::start(&images, dir.path(), &options("b")).unwrap();
@@ -55,25 +98,15 @@ fn guests_outlive_their_broker_and_the_next_one_goes_on() {
         .unwrap();
     store(&mut a, "w", 0, 11);
 
-    first.kill().unwrap();
+    broker.kill().unwrap();
 
     // No guest notices, and what is asked of the broker waits.
     assert_eq!(load(&mut b, "w", 0), 11);
     store(&mut b, "w", 0, 12);
     assert_eq!(load(&mut a, "w", 0), 12);
-    let mut waiting = a.second_agent().unwrap();
-    let asked = std::thread::spawn(move || {
-        waiting.region(RegionOp::Protect {
-            name: "pool/r".to_owned(),
-            offset: 0,
-            len: PAGE,
-            prot: 1,
-        })
-    });
-    std::thread::sleep(Duration::from_millis(500));
-    assert!(!asked.is_finished(), "who has answered?");
+    let asked = ask(&a, "w");
 
-    let _second = broker(&images, dir.path(), &["--recover"]);
+    let _second = start(&images, dir.path(), &["--recover"]);
     asked.join().unwrap().unwrap();
 
     assert_eq!(try_access(&mut b, "w", 0, true), Some(libc::SIGSEGV));
@@ -95,33 +128,18 @@ fn guests_outlive_their_broker_and_the_next_one_goes_on() {
 
 #[test]
 fn who_waits_for_a_broker_can_be_killed_and_fails_when_the_device_goes() {
-    let images = Images::from_env().unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("pool");
-    let mut broker = broker(&images, dir.path(), &["--size", "1G"]);
-    eventually("the broker answers", || {
-        mshare_pool::admin::connect(&socket).is_ok()
-    });
+    let Own {
+        images,
+        dir,
+        socket,
+        mut broker,
+    } = Own::new("1G");
     let options = Options::new("a").pool(&socket, "rw");
     let mut a = Guest::start(&images, dir.path(), &options).unwrap();
     a.agent
         .start_group("w", 1, Some(Map::create("pool/r", START, LEN)))
         .unwrap();
     broker.kill().unwrap();
-    let protect = RegionOp::Protect {
-        name: "pool/r".to_owned(),
-        offset: 0,
-        len: PAGE,
-        prot: 1,
-    };
-    let ask = |guest: &Guest, group: &'static str| {
-        let mut agent = guest.second_agent().unwrap();
-        let op = Op::Region(protect.clone());
-        let asked = std::thread::spawn(move || agent.run_one(group, 0, op));
-        std::thread::sleep(Duration::from_millis(300));
-        assert!(!asked.is_finished(), "who has answered?");
-        asked
-    };
     let fails = ask(&a, "w");
     for _ in 0..5 {
         a.agent.start_group("killed", 1, None).unwrap();
@@ -141,19 +159,18 @@ fn who_waits_for_a_broker_can_be_killed_and_fails_when_the_device_goes() {
 
 #[test]
 fn second_broker_at_one_socket_is_refused_and_a_stale_socket_is_not() {
-    let images = Images::from_env().unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("pool");
-    let mut first = broker(&images, dir.path(), &["--size", "4M"]);
-    eventually("the broker answers", || {
-        mshare_pool::admin::connect(&socket).is_ok()
-    });
+    let Own {
+        images,
+        dir,
+        socket,
+        mut broker,
+    } = Own::new("4M");
     let refused = vmm_pool(&images, &socket, &["--size", "4M"]);
     assert_eq!(refused.status.code(), Some(1));
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(message.contains("already serves"), "{message}");
-    first.kill().unwrap();
-    let _next = broker(&images, dir.path(), &["--size", "4M"]);
+    broker.kill().unwrap();
+    let _next = start(&images, dir.path(), &["--size", "4M"]);
     eventually("the next broker answers", || {
         mshare_pool::admin::connect(&socket).is_ok()
     });

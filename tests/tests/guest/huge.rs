@@ -4,7 +4,8 @@
 use mshare_protocol::agent::{Map, MemOp, Op, Spin, SpinKind, Value};
 use mshare_protocol::entry::Prot;
 use mshare_tests::guests::{Guest, Images};
-use mshare_tests::lab::{SHMEM_ENABLED, set_shmem_enabled};
+use mshare_tests::lab::set_shmem_enabled;
+use vmm::doctor::{SHMEM_ENABLED, meminfo};
 
 use crate::common::*;
 
@@ -136,23 +137,14 @@ fn data_is_backed_by_huge_pages_where_the_host_has_them() {
     }
 }
 
-/// A figure of a file such as `/proc/meminfo`, in KiB.
-fn kib(path: &str, name: &str) -> u64 {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-        .and_then(|rest| rest.split_whitespace().next())
-        .unwrap()
-        .parse()
-        .unwrap()
-}
-
 fn backed_by_huge_pages(pool: &Pool) {
     let modes = std::fs::read_to_string(SHMEM_ENABLED).unwrap();
     let expected = ["[advise]", "[always]", "[within_size]", "[force]"]
         .iter()
         .any(|mode| modes.contains(mode));
     let [mut a, _b] = pair(pool, "rw");
+    let kib =
+        |path: &str, key| meminfo(&std::fs::read_to_string(path).unwrap(), key).unwrap() >> 10;
     let second_stage = || kib("/proc/meminfo", "SecPageTables");
     let before = second_stage();
     a.agent

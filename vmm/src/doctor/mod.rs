@@ -24,7 +24,8 @@ use tables::{Edits, Tables};
 const HARDWARE_ADVICE: &str =
     "use a host whose CPU runs guests in hardware (VT-x, SVM), or the lab, an emulated machine";
 const CAPABILITIES: &str = "capabilities";
-const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+/// Whether shared memory gets huge pages (`Documentation/admin-guide/mm/transhuge.rst`).
+pub const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -306,8 +307,9 @@ fn check_memfd(file: &Result<File, memory::Error>) -> Check {
     Check::new("memfd", state, found, advice)
 }
 
-/// A value of /proc/meminfo in bytes.
-fn meminfo(text: &str, key: &str) -> Option<u64> {
+/// A value of `/proc/meminfo`, or of a file like it, in bytes.
+#[must_use]
+pub fn meminfo(text: &str, key: &str) -> Option<u64> {
     let line = text.lines().find(|l| l.split(':').next() == Some(key))?;
     let mut words = line.split_whitespace().skip(1);
     let number: u64 = words.next()?.parse().ok()?;

@@ -104,18 +104,19 @@ impl Attachment {
         // need not be.
         let table_access = access(policy.tables());
         let data_access = access(policy.writes());
+        let unmapped = |source| AttachError::Map { id, source };
         let tables = Mapping::new(
             files.tables(),
             region.table_off,
             region.table_len,
             table_access,
         )
-        .map_err(|source| AttachError::Map { id, source })?;
+        .map_err(unmapped)?;
         keep_small(&tables).map_err(|source| AttachError::SmallPages { id, source })?;
         // Whatever the entries map: pages of 4 KiB here would cost every VM second-stage
         // tables as large as those that the region saves.
         let data = Mapping::huge(files.data(), region.data_off, region.len, data_access)
-            .map_err(|source| AttachError::Map { id, source })?;
+            .map_err(unmapped)?;
         let mut attachment = Self {
             id,
             vm: Arc::clone(vm),

@@ -83,9 +83,8 @@ impl Service {
             last = bells.generation;
             let rings = [&bells.event, &bells.ack];
             self.attend(&bells, &rings, || self.serve_driver(&bells));
-            let acker = self.client.acker();
             for seq in self.shared.acks_of_reset() {
-                acker.ack(seq);
+                self.client.ack(seq);
             }
         }
     }
@@ -282,9 +281,8 @@ impl Service {
             .and_then(|()| self.take_acks(active, &mut acked));
         // A broker that is slow to read keeps this thread only.
         drop(queues);
-        let acker = self.client.acker();
         for seq in acked {
-            acker.ack(seq);
+            self.client.ack(seq);
         }
         served
     }

@@ -105,7 +105,7 @@ pub(super) struct State {
     /// Events, told or not, that the driver has not acknowledged.
     unacked: BTreeSet<u64>,
     /// Those that a reset has acted on: the guest sees no region any more.
-    to_ack: BTreeSet<u64>,
+    to_ack: Vec<u64>,
     /// KVM has not removed a memslot, for which the run ends.
     stuck: bool,
     /// The device is gone, and no vCPU runs any more.
@@ -180,9 +180,9 @@ impl Shared {
         state.to_detach.extend(gone);
         // Nobody else will acknowledge them; the broker would wait for nothing and
         // then give this guest up.
-        let mut owed = std::mem::take(&mut state.unacked);
+        let owed = std::mem::take(&mut state.unacked);
         if state.attached.is_empty() {
-            state.to_ack.append(&mut owed);
+            state.to_ack.extend(owed);
         }
         if let Some(bells) = state.bells.take() {
             ring(&bells.stop);
@@ -375,7 +375,7 @@ impl Shared {
     }
 
     /// Takes the acknowledgements that a reset owes the broker.
-    pub(super) fn acks_of_reset(&self) -> BTreeSet<u64> {
+    pub(super) fn acks_of_reset(&self) -> Vec<u64> {
         std::mem::take(&mut self.lock().to_ack)
     }
 
