@@ -16,9 +16,9 @@ use mshare_pool::client::{Client, Event};
 use mshare_pool::directory::MAX_RECORDS;
 use mshare_pool::layout::PoolConfig;
 use mshare_pool::server::{Listener, Options, Server, Start};
-use mshare_pool::wire::{FdReader, receive};
+use mshare_pool::wire::{FdReader, receive, send_with_fds};
 use mshare_pool::{Policy, Region, Role};
-use mshare_protocol::broker::{FromBroker, Hello, Request, ToBroker, VERSION};
+use mshare_protocol::broker::{FromBroker, Hello, Request, Resume, ToBroker, VERSION};
 use mshare_protocol::entry::{Prot, decode_leaf, decode_table};
 use mshare_protocol::frame;
 
@@ -411,4 +411,47 @@ fn a_recovering_broker_takes_nothing_wrong() {
     let other = Broker::new(&config).unwrap();
     let message = refused(resume(), &other.files().all());
     assert!(message.contains("not those of the pool"), "{message}");
+}
+
+/// A client that was accepted before the stop says hello after it. The pool is the
+/// next broker's: two of them must not write it.
+#[test]
+fn a_broker_that_has_stopped_recovers_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool.sock");
+    let mut first = fresh(&path);
+    let (client, _events) = guest(&path, "g", Policy::Rw);
+    let region = make(&client, b"r", GIB, 2 * MIB);
+    first.kill();
+    let recover = Start::Recover {
+        max_regions: MAX_RECORDS,
+    };
+    let second = Listener::bind(&path).unwrap();
+    let second = Server::start(second, recover, Options::default()).unwrap();
+    client.stat(region.id).unwrap();
+    let late = UnixStream::connect(&path).unwrap();
+    // Until it is accepted.
+    std::thread::sleep(Duration::from_millis(200));
+
+    second.stopper().stop();
+
+    let hello = ToBroker::Hello(Hello {
+        version: VERSION,
+        role: Role::Guest {
+            name: "late".to_owned(),
+            policy: Policy::Rw,
+        },
+        resume: Some(Resume {
+            uuid: client.geometry().uuid,
+            attached: Vec::new(),
+            created: Vec::new(),
+        }),
+    });
+    send_with_fds(&late, &hello, &client.files().all()).unwrap();
+    let answer = frame::receive(&mut &late).unwrap();
+    let FromBroker::Refused(why) = answer else {
+        panic!("{answer:?}");
+    };
+    assert_eq!(why.errno, libc::EAGAIN, "{why}");
+    client.close();
 }
