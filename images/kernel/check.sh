@@ -35,7 +35,7 @@ command -v sparse >/dev/null || {
 # With users of MMU notifiers, NUMA and HMM, which our configuration lacks.
 {
 	cat "$here/config"
-	printf 'CONFIG_%s=y\n' NUMA TRANSPARENT_HUGEPAGE VIRTUALIZATION KVM \
+	printf 'CONFIG_%s=y\n' NUMA VIRTUALIZATION KVM \
 		DEVICE_PRIVATE DEBUG_KERNEL RUNTIME_TESTING_MENU TEST_HMM
 } >"$work/.fragment"
 
@@ -93,6 +93,12 @@ for p in "$here"/patches/*.patch; do
 			comm -23 - "$cache/.complaints")
 		[ -z "$new" ] || fail "$name: $new"
 	fi
+	# W=1 looks at the comments of .c files only.
+	mapfile -t headers < <(sort -u <<<"$files" |
+		grep -E '^include/.*mshare.*\.h$')
+	[ ${#headers[@]} -eq 0 ] ||
+		(cd "$work" && scripts/kernel-doc -none -Wall -Werror "${headers[@]}") ||
+		fail "$name: kernel-doc"
 	say "$name"
 done
 rm -rf "$work"

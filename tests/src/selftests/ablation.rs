@@ -113,6 +113,22 @@ pub const ABLATIONS: &[Ablation] = &[
         kernel: Flavour::Debug,
     },
     Ablation {
+        mask: 131_072,
+        element: "NUMA balancing stays out of linked tables",
+        entry: "mshare_walkers",
+        fails: &["numa_balancing"],
+        complaint: None,
+        kernel: Flavour::Debug,
+    },
+    Ablation {
+        mask: 262_144,
+        element: "an idle CPU forgets the mm with its first flush",
+        entry: "mshare_hotplug",
+        fails: &["idle"],
+        complaint: None,
+        kernel: Flavour::Ablation,
+    },
+    Ablation {
         mask: 128,
         element: "no mmap_lock of a host mm under a VMA lock",
         entry: "mshare_protect",

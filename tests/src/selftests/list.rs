@@ -92,7 +92,7 @@ const NO_POISON: &[Flavour] = &[
     Flavour::Kcsan,
     Flavour::Kasan,
 ];
-/// Kernels that count no VMA locks and merge no pages.
+/// Kernels that count no VMA locks, merge no pages and balance no nodes.
 const NOT_DEBUG: &[Flavour] = &[
     Flavour::Default,
     Flavour::Ablation,
@@ -169,6 +169,7 @@ pub const ENTRIES: &[Entry] = &[
             skip("move_pages", SMALL),
             skip("mempolicy", SMALL),
             skip("nodes", SMALL),
+            skip("numa_balancing", NOT_DEBUG),
             skip("policy", SMALL),
         ],
         ..entry("mshare_walkers")
