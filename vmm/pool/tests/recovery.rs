@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // Helpers of tests.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -18,7 +18,7 @@ use mshare_pool::layout::PoolConfig;
 use mshare_pool::server::{Listener, Options, Server, Start};
 use mshare_pool::wire::{FdReader, receive, send_with_fds};
 use mshare_pool::{Policy, Region, Role};
-use mshare_protocol::broker::{FromBroker, Hello, Request, Resume, ToBroker, VERSION};
+use mshare_protocol::broker::{Failure, FromBroker, Hello, Request, Resume, ToBroker, VERSION};
 use mshare_protocol::entry::{Prot, decode_leaf, decode_table};
 use mshare_protocol::frame;
 
@@ -369,31 +369,45 @@ fn brokers_killed_again_and_again_under_load() {
     println!("{} rounds, {KILLS} kills", rounds.load(Ordering::Relaxed));
 }
 
+/// A broker that waits for those who had the pool before, in this process.
+fn recovering(path: &Path) -> Server {
+    let start = Start::Recover {
+        max_regions: MAX_RECORDS,
+    };
+    let listener = Listener::bind(path).unwrap();
+    Server::start(listener, start, Options::default()).unwrap()
+}
+
+/// Why the broker refuses who says hello with this.
+fn refusal(
+    stream: &UnixStream,
+    role: Role,
+    resume: Option<Resume>,
+    fds: &[BorrowedFd<'_>],
+) -> Failure {
+    let hello = ToBroker::Hello(Hello {
+        version: VERSION,
+        role,
+        resume,
+    });
+    send_with_fds(stream, &hello, fds).unwrap();
+    match frame::receive(&mut &*stream).unwrap() {
+        FromBroker::Refused(why) => why,
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn a_recovering_broker_takes_nothing_wrong() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("pool.sock");
-    let listener = Listener::bind(&path).unwrap();
-    let start = Start::Recover {
-        max_regions: MAX_RECORDS,
-    };
-    let _server = Server::start(listener, start, Options::default()).unwrap();
-    let refused = |resume: Option<mshare_protocol::broker::Resume>,
-                   fds: &[std::os::fd::BorrowedFd<'_>]| {
+    let _server = recovering(&path);
+    let refused = |resume, fds: &[BorrowedFd<'_>]| {
         let stream = UnixStream::connect(&path).unwrap();
-        let hello = ToBroker::Hello(Hello {
-            version: VERSION,
-            role: Role::Admin,
-            resume,
-        });
-        mshare_pool::wire::send_with_fds(&stream, &hello, fds).unwrap();
-        match mshare_protocol::frame::receive(&mut &stream).unwrap() {
-            FromBroker::Refused(why) => why.message,
-            other => panic!("{other:?}"),
-        }
+        refusal(&stream, Role::Admin, resume, fds).message
     };
     let resume = || {
-        Some(mshare_protocol::broker::Resume {
+        Some(Resume {
             uuid: [9; 16],
             attached: vec![],
             created: vec![],
@@ -402,7 +416,7 @@ fn a_recovering_broker_takes_nothing_wrong() {
     assert!(refused(None, &[]).contains("recovering"));
     assert!(refused(resume(), &[]).contains("0 descriptors"));
     let file = tempfile::tempfile().unwrap();
-    let fd = std::os::fd::AsFd::as_fd(&file);
+    let fd = file.as_fd();
     assert!(refused(resume(), &[fd, fd, fd]).contains("seal"));
     // Right kind of files, but no directory in them; then another pool's.
     let config = PoolConfig::new(2 * MIB);
@@ -423,11 +437,7 @@ fn a_broker_that_has_stopped_recovers_nothing() {
     let (client, _events) = guest(&path, "g", Policy::Rw);
     let region = make(&client, b"r", GIB, 2 * MIB);
     first.kill();
-    let recover = Start::Recover {
-        max_regions: MAX_RECORDS,
-    };
-    let second = Listener::bind(&path).unwrap();
-    let second = Server::start(second, recover, Options::default()).unwrap();
+    let second = recovering(&path);
     client.stat(region.id).unwrap();
     let late = UnixStream::connect(&path).unwrap();
     // Until it is accepted.
@@ -435,23 +445,16 @@ fn a_broker_that_has_stopped_recovers_nothing() {
 
     second.stopper().stop();
 
-    let hello = ToBroker::Hello(Hello {
-        version: VERSION,
-        role: Role::Guest {
-            name: "late".to_owned(),
-            policy: Policy::Rw,
-        },
-        resume: Some(Resume {
-            uuid: client.geometry().uuid,
-            attached: Vec::new(),
-            created: Vec::new(),
-        }),
-    });
-    send_with_fds(&late, &hello, &client.files().all()).unwrap();
-    let answer = frame::receive(&mut &late).unwrap();
-    let FromBroker::Refused(why) = answer else {
-        panic!("{answer:?}");
+    let resume = Resume {
+        uuid: client.geometry().uuid,
+        attached: Vec::new(),
+        created: Vec::new(),
     };
+    let role = Role::Guest {
+        name: "late".to_owned(),
+        policy: Policy::Rw,
+    };
+    let why = refusal(&late, role, Some(resume), &client.files().all());
     assert_eq!(why.errno, libc::EAGAIN, "{why}");
     client.close();
 }
