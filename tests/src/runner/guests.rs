@@ -155,14 +155,14 @@ impl Machine<'_> {
             say(said);
         });
         // What was counted before a lab died counts, and its death is a failure.
-        let tally = match ended {
+        let counted = match ended {
             Ok(status) => reader.end(status == 0),
             Err(error) => {
                 say(Said::Note(&chain(&error)));
                 reader.end(false)
             }
         };
-        Counted { tally, retries }
+        Counted { retries, ..counted }
     }
 
     /// Runs the tests of these names in `labs` labs at a time.
@@ -178,9 +178,8 @@ impl Machine<'_> {
             while let Some(piece) = next() {
                 let mut arguments = vec!["--exact".to_owned()];
                 arguments.extend_from_slice(&piece);
-                let mut done = self.run(&arguments, &mut |said| lines.say(said));
-                done.tally = expected(done.tally, piece.len());
-                counted += done;
+                let done = self.run(&arguments, &mut |said| lines.say(said));
+                counted += expected(done, piece.len());
                 lines.end();
             }
             counted
@@ -192,20 +191,21 @@ impl Machine<'_> {
             let mut counted = Counted::default();
             for worker in workers {
                 let done = worker.join();
-                counted += done.unwrap_or_else(|_| Tally::check(false).into());
+                counted += done.unwrap_or_else(|_| Counted::failure("a thread died"));
             }
             counted
         })
     }
 }
 
-/// A piece's tally; tests of it that said nothing at all are a failure.
-fn expected(mut tally: Tally, tests: usize) -> Tally {
+/// A piece's result; tests of it that said nothing at all are a failure.
+fn expected(mut counted: Counted, tests: usize) -> Counted {
+    let tally = counted.tally;
     let heard = tally.passed + tally.failed + tally.ignored;
     if tally.failed == 0 && heard != tests as u64 {
-        tally.failed += 1;
+        counted += Counted::failure(format!("{heard} of {tests} tests were run"));
     }
-    tally
+    counted
 }
 
 /// Cuts a list into at most `count` pieces. Neighbours go to different ones, as
@@ -295,8 +295,8 @@ mod tests {
             failed: 0,
             ignored: 1,
         };
-        assert_eq!(expected(tally, 3).failed, 0);
-        assert_eq!(expected(tally, 4).failed, 1);
+        assert_eq!(expected(tally.into(), 3).tally.failed, 0);
+        assert_eq!(expected(tally.into(), 4).tally.failed, 1);
     }
 
     #[test]

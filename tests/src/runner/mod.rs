@@ -97,11 +97,11 @@ fn project() -> &'static Path {
 /// Results so far, by stage.
 #[derive(Debug, Default)]
 struct Stages {
-    done: Vec<(&'static str, Counted, Duration, Option<String>)>,
+    done: Vec<(&'static str, Counted, Duration)>,
 }
 
 impl Stages {
-    /// Runs a stage. An error is one failure, with its reason in the summary.
+    /// Runs a stage. An error is one failure.
     fn run<T: Into<Counted>>(
         &mut self,
         name: &'static str,
@@ -109,15 +109,16 @@ impl Stages {
     ) {
         println!("\n--- {name}");
         let start = Instant::now();
-        let (counted, reason) = match stage() {
-            Ok(counted) => (counted.into(), None),
+        let counted = match stage() {
+            Ok(counted) => counted.into(),
             Err(error) => {
                 let reason = chain(&error);
                 println!("{name}: {reason}");
-                (Tally::check(false).into(), Some(reason))
+                // The rest of it is above.
+                Counted::failure(reason.lines().next().unwrap_or(&reason))
             }
         };
-        self.done.push((name, counted, start.elapsed(), reason));
+        self.done.push((name, counted, start.elapsed()));
     }
 
     /// Notes that a stage could not run: one failure.
@@ -125,11 +126,13 @@ impl Stages {
         self.run(name, || Err::<Tally, _>(RunnerError::NotRun(reason)));
     }
 
-    /// Prints the summary. The last line is the total.
+    /// Prints the summary: the stages, and what failed in them. The last line is
+    /// the total.
     fn conclude(&self) -> bool {
         println!("\n--- summary");
         let mut total = Tally::default();
-        for (name, Counted { tally, retries }, took, reason) in &self.done {
+        for (name, counted, took) in &self.done {
+            let Counted { tally, retries, .. } = counted;
             total += *tally;
             let verdict = if tally.failed == 0 { "ok" } else { "FAILED" };
             print!(
@@ -142,10 +145,11 @@ impl Stages {
             if *retries > 0 {
                 print!("  (labs started again: {retries})");
             }
-            // Only the first line: the rest has been printed above.
-            match reason.as_deref().and_then(|reason| reason.lines().next()) {
-                Some(reason) => println!("  {reason}"),
-                None => println!(),
+            println!();
+        }
+        for (name, counted, _) in &self.done {
+            for what in &counted.failures {
+                println!("FAILED  {name}: {what}");
             }
         }
         println!("{total}");
@@ -249,14 +253,16 @@ pub fn build_all() -> Result<Artifacts, RunnerError> {
     build::artifacts(&programs?, kernels?)
 }
 
-fn check(arguments: &[&str]) -> Result<Tally, RunnerError> {
-    stream(&mut cargo(arguments), pass).map(|status| Tally::check(status.success()))
+fn check(arguments: &[&str]) -> Result<Counted, RunnerError> {
+    let status = stream(&mut cargo(arguments), pass)?;
+    let what = format!("cargo {}", arguments.join(" "));
+    Ok(Counted::check(status.success(), what))
 }
 
 /// Clippy on everything; targets that are left out of a plain `cargo test` are
 /// left out by `--all-targets` too and have to be named.
-fn lint() -> Result<Tally, RunnerError> {
-    let mut tally = Tally::default();
+fn lint() -> Result<Counted, RunnerError> {
+    let mut counted = Counted::default();
     let mut named = vec!["-p", "mshare-tests", "--test", "lab"];
     for program in &guests::PROGRAMS {
         named.extend(["--test", program.name]);
@@ -265,7 +271,7 @@ fn lint() -> Result<Tally, RunnerError> {
         let mut arguments = vec!["clippy"];
         arguments.extend(targets);
         arguments.extend(["--all-features", "--", "-D", "warnings"]);
-        tally += check(&arguments)?;
+        counted += check(&arguments)?;
     }
     // As they serve: the pool without ablations, the protocol as a kernel or a
     // guest without a standard library would take it.
@@ -273,13 +279,13 @@ fn lint() -> Result<Tally, RunnerError> {
         &["-p", "vmm", "-p", "mshare-pool"][..],
         &["-p", "mshare-protocol", "--no-default-features"],
     ] {
-        tally += check(&[&["clippy"], narrow, &["--", "-D", "warnings"]].concat())?;
+        counted += check(&[&["clippy"], narrow, &["--", "-D", "warnings"]].concat())?;
     }
-    Ok(tally)
+    Ok(counted)
 }
 
 /// Runs tests by cargo and counts them.
-fn tests(arguments: &[&str]) -> Result<Tally, RunnerError> {
+fn tests(arguments: &[&str]) -> Result<Counted, RunnerError> {
     let mut reader = Reader::default();
     // A failing program does not keep the others from running.
     let mut arguments = arguments.to_vec();

@@ -8,12 +8,12 @@ use std::time::Duration;
 use mshare_protocol::report::chain;
 
 use super::build::{agent, guest_kernel};
-use super::tally::Tally;
+use super::tally::{Counted, Tally};
 use super::{RunnerError, Stages};
 use crate::selftests::ablation::{ABLATIONS, Ablation};
 use crate::selftests::list::{ENTRIES, Entry, disagreements};
 use crate::selftests::tap::Verdict;
-use crate::selftests::{Flavour, Guest, Run, SelftestError, keep, matrix, published};
+use crate::selftests::{Flavour, Guest, Run, SelftestError, matrix, published};
 
 /// How often the lack of an element may stay unseen before that is a failure.
 const ABLATION_RUNS: u32 = 3;
@@ -95,21 +95,25 @@ pub fn stages(
         guest(kernel, flavour)
     };
     stages.run("selftests", || {
-        let mut tally = agreement(&dir)?;
-        tally += run_entries(&guest(Flavour::Default)?, &dir, "selftests", |_| true)?;
-        Ok(tally)
+        let mut counted = agreement(&dir)?;
+        counted += run_entries(&guest(Flavour::Default)?, &dir, "selftests", |_| true)?;
+        Ok(counted)
     });
     stages.run("matrix, short form", || {
-        let mut tally = Tally::default();
+        let mut counted = Counted::default();
         for cell in matrix::cells(true) {
             let outcome = run_cell(&cell, &guest(cell.flavour)?, &dir, None)?;
-            tally += Tally {
-                passed: outcome.passed,
-                failed: outcome.faults.len() as u64,
-                ignored: outcome.skipped,
+            counted += Counted {
+                tally: Tally {
+                    passed: outcome.passed,
+                    failed: outcome.faults.len() as u64,
+                    ignored: outcome.skipped,
+                },
+                failures: labelled(&cell.to_string(), &outcome.faults),
+                retries: 0,
             };
         }
-        Ok(tally)
+        Ok(counted)
     });
     stages.run("ablations", || run_ablations(&guest, &dir, |_| true));
 }
@@ -144,9 +148,9 @@ pub fn selected(selection: &Selection) -> bool {
         if selection.ablations {
             return run_ablations(&guest, &dir, named);
         }
-        let mut tally = Tally::default();
+        let mut counted = Counted::default();
         if selection.names.is_empty() {
-            tally += agreement(&dir)?;
+            counted += agreement(&dir)?;
         }
         let guest = guest(selection.flavour)?;
         let extra = Extra {
@@ -157,23 +161,23 @@ pub fn selected(selection: &Selection) -> bool {
             seconds: selection.seconds,
             arguments: selection.arguments.as_deref(),
         };
-        tally += run_list(&guest, &dir, "selected", &extra, |entry| {
+        counted += run_list(&guest, &dir, "selected", &extra, |entry| {
             named(&entry.label()) && (entry.short || !selection.short)
         })?;
-        Ok(tally)
+        Ok(counted)
     });
     stages.conclude()
 }
 
 /// Whether the list and what is built are the same.
-fn agreement(dir: &Path) -> Result<Tally, RunnerError> {
+fn agreement(dir: &Path) -> Result<Counted, RunnerError> {
     let listed: Vec<&str> = ENTRIES.iter().map(|entry| entry.program).collect();
     let built = published(dir).map_err(RunnerError::Selftest)?;
     let told = disagreements(&built, &listed);
     for line in &told {
         println!("{line}");
     }
-    Ok(Tally::check(told.is_empty()))
+    Ok(Counted::check(told.is_empty(), told.join("; ")))
 }
 
 /// What a person may ask for beyond a stage.
@@ -198,7 +202,7 @@ fn run_entries(
     dir: &Path,
     stage: &str,
     wanted: impl Fn(&Entry) -> bool,
-) -> Result<Tally, RunnerError> {
+) -> Result<Counted, RunnerError> {
     run_list(guest, dir, stage, &Extra::default(), wanted)
 }
 
@@ -208,8 +212,8 @@ fn run_list(
     stage: &str,
     extra: &Extra<'_>,
     wanted: impl Fn(&Entry) -> bool,
-) -> Result<Tally, RunnerError> {
-    let mut tally = Tally::default();
+) -> Result<Counted, RunnerError> {
+    let mut counted = Counted::default();
     for entry in ENTRIES {
         if !wanted(entry) || !entry.runs_on(guest.flavour) {
             continue;
@@ -229,8 +233,9 @@ fn run_list(
         let run = match guest.run(&job) {
             Ok(run) => run,
             Err(error) => {
-                finish(&format!("{:<44} FAILED  {}", job.label, chain(&error)));
-                tally += Tally::check(false);
+                let why = chain(&error);
+                finish(&format!("{:<44} FAILED  {why}", job.label));
+                counted += Counted::failure(format!("{}: {why}", job.label));
                 continue;
             }
         };
@@ -242,12 +247,22 @@ fn run_list(
         if !faults.is_empty() {
             explain(&faults, stage, &job.label, &run)?;
         }
-        tally += count(&run, &faults);
+        counted += Counted {
+            tally: count(&run, &faults),
+            failures: labelled(&job.label, &faults),
+            retries: 0,
+        };
     }
-    if tally == Tally::default() {
+    if counted.tally == Tally::default() {
         return Err(RunnerError::NotRun("no selftest was selected"));
     }
-    Ok(tally)
+    Ok(counted)
+}
+
+/// What was wrong, with where.
+fn labelled(label: &str, faults: &[String]) -> Vec<String> {
+    let faults = faults.iter();
+    faults.map(|fault| format!("{label}: {fault}")).collect()
 }
 
 /// Passed and skipped tests as they are; a program with faults has failed at
@@ -288,12 +303,13 @@ fn run_ablations(
     guest: &impl Fn(Flavour) -> Result<Guest, RunnerError>,
     dir: &Path,
     named: impl Fn(&str) -> bool,
-) -> Result<Tally, RunnerError> {
-    let mut tally = Tally::default();
+) -> Result<Counted, RunnerError> {
+    let mut counted = Counted::default();
     for ablation in ABLATIONS {
         let Some(entry) = ablation.entry() else {
-            println!("the list has no '{}'", ablation.entry);
-            tally += Tally::check(false);
+            let why = format!("the list has no '{}'", ablation.entry);
+            println!("{why}");
+            counted += Counted::failure(why);
             continue;
         };
         let label = ablation.job(entry, dir).label;
@@ -305,8 +321,9 @@ fn run_ablations(
         let (unseen, run) = match look_for(ablation, entry, &guest, dir) {
             Ok(looked) => looked,
             Err(error) => {
-                finish(&format!("{label:<44} FAILED  {}", chain(&error)));
-                tally += Tally::check(false);
+                let why = chain(&error);
+                finish(&format!("{label:<44} FAILED  {why}"));
+                counted += Counted::failure(format!("{label}: {why}"));
                 continue;
             }
         };
@@ -322,12 +339,13 @@ fn run_ablations(
         if !unseen.is_empty() {
             explain(&unseen, "ablations", &label, &run)?;
         }
-        tally += Tally::check(unseen.is_empty());
+        let what = format!("{label}: {}", unseen.join("; "));
+        counted += Counted::check(unseen.is_empty(), what);
     }
-    if tally == Tally::default() {
+    if counted.tally == Tally::default() {
         return Err(RunnerError::NotRun("no ablation was selected"));
     }
-    Ok(tally)
+    Ok(counted)
 }
 
 /// On a terminal, says what runs until it is done.
@@ -360,12 +378,8 @@ fn told(label: &str, run: &Run, good: bool) {
 }
 
 fn explain(faults: &[String], stage: &str, label: &str, run: &Run) -> Result<(), RunnerError> {
-    for fault in faults {
-        println!("    {fault}");
-    }
-    let kept = keep(stage, label, &run.console).map_err(RunnerError::Selftest)?;
-    println!("    console: {}", kept.display());
-    Ok(())
+    run.explain(faults, stage, label, |line| println!("{line}"))
+        .map_err(RunnerError::Selftest)
 }
 
 /// One machine of the matrix.

@@ -33,25 +33,52 @@ impl AddAssign for Tally {
     }
 }
 
-/// What came of a stage: its tests, and how often a lab had to be started again
-/// for them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// What came of a stage: its tests, what failed, and how often a lab had to be
+/// started again for them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counted {
     /// The tests.
     pub tally: Tally,
+    /// A line for each thing that failed, for the summary: where output is long,
+    /// its end is what people look at, and what a CI service keeps.
+    pub failures: Vec<String>,
     /// Starts of labs that the emulator's faults made void.
     pub retries: u32,
 }
 
+impl Counted {
+    /// One test or check that failed.
+    pub fn failure(what: impl Into<String>) -> Self {
+        Self {
+            tally: Tally::check(false),
+            failures: vec![what.into()],
+            retries: 0,
+        }
+    }
+
+    /// One check, and what failed if it did.
+    pub fn check(passed: bool, what: impl Into<String>) -> Self {
+        if passed {
+            Tally::check(true).into()
+        } else {
+            Self::failure(what)
+        }
+    }
+}
+
 impl From<Tally> for Counted {
     fn from(tally: Tally) -> Self {
-        Self { tally, retries: 0 }
+        Self {
+            tally,
+            ..Self::default()
+        }
     }
 }
 
 impl AddAssign for Counted {
     fn add_assign(&mut self, other: Self) {
         self.tally += other.tally;
+        self.failures.extend(other.failures);
         self.retries += other.retries;
     }
 }
@@ -67,6 +94,7 @@ impl fmt::Display for Tally {
 pub struct Reader {
     line: Vec<u8>,
     tally: Tally,
+    failures: Vec<String>,
     /// What single tests of a program said that has not told its result yet.
     partial: Option<Tally>,
 }
@@ -86,15 +114,23 @@ impl Reader {
 
     /// The counts. A program that failed (`success` is false) without saying
     /// which test did, or that stopped in the middle, is one failure more.
-    pub fn end(mut self, success: bool) -> Tally {
+    pub fn end(mut self, success: bool) -> Counted {
         self.take(b"\n");
         if let Some(partial) = self.partial.take() {
             self.tally += partial;
             self.tally.failed += 1;
+            self.failures
+                .push("a program stopped in the middle of its tests".into());
         } else if !success && self.tally.failed == 0 {
             self.tally.failed += 1;
+            self.failures
+                .push("a program failed, but no test of it".into());
         }
-        self.tally
+        Counted {
+            tally: self.tally,
+            failures: self.failures,
+            retries: 0,
+        }
     }
 
     fn line(&mut self, line: &str) {
@@ -108,9 +144,13 @@ impl Reader {
         if announced {
             self.partial = Some(Tally::default());
         }
-        if let (Some(partial), true) = (&mut self.partial, line.starts_with("test ")) {
-            partial.passed += u64::from(line.ends_with(" ... ok"));
-            partial.failed += u64::from(line.ends_with(" ... FAILED"));
+        if let (Some(partial), Some(test)) = (&mut self.partial, line.strip_prefix("test ")) {
+            if let Some(name) = test.strip_suffix(" ... FAILED") {
+                partial.failed += 1;
+                self.failures.push(name.to_owned());
+            } else {
+                partial.passed += u64::from(test.ends_with(" ... ok"));
+            }
         }
         let Some(counts) = line.strip_prefix("test result: ") else {
             return;
@@ -140,7 +180,7 @@ mod tests {
 
     const OK: &str = "running 3 tests\ntest a ... ok\n\ntest result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
 
-    fn read(text: &str, success: bool) -> Tally {
+    fn read(text: &str, success: bool) -> Counted {
         let mut reader = Reader::default();
         for piece in text.as_bytes().chunks(7) {
             reader.take(piece);
@@ -150,22 +190,27 @@ mod tests {
 
     #[test]
     fn results_of_several_programs_are_added() {
-        let failing = "test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured";
-        let tally = read(&format!("{OK}{OK}{failing}"), false);
-        assert_eq!(tally.to_string(), "7 passed, 2 failed");
-        assert_eq!(tally.ignored, 2);
+        let failing = "running 3 tests\ntest b ... ok\ntest x::c ... FAILED\ntest d ... FAILED\n\
+            test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured";
+        let counted = read(&format!("{OK}{OK}{failing}"), false);
+        assert_eq!(counted.tally.to_string(), "7 passed, 2 failed");
+        assert_eq!(counted.tally.ignored, 2);
+        assert_eq!(counted.failures, ["x::c", "d"]);
     }
 
     #[test]
     fn failure_without_a_failed_test_counts_as_one() {
-        assert_eq!(read(OK, false).failed, 1);
-        assert_eq!(read("error: could not compile\n", false).failed, 1);
+        for text in [OK, "error: could not compile\n"] {
+            let counted = read(text, false);
+            assert_eq!((counted.tally.failed, counted.failures.len()), (1, 1));
+        }
     }
 
     #[test]
     fn program_that_stops_in_the_middle_has_failed() {
         let cut = "running 3 tests\ntest a ... ok\ntest b ... ";
-        let tally = read(&format!("{OK}{cut}"), true);
-        assert_eq!((tally.passed, tally.failed), (4, 1));
+        let counted = read(&format!("{OK}{cut}"), true);
+        assert_eq!((counted.tally.passed, counted.tally.failed), (4, 1));
+        assert_eq!(counted.failures.len(), 1);
     }
 }

@@ -9,7 +9,7 @@ use mshare_protocol::report::chain;
 
 use super::klog::Console;
 use super::list::{ENTRIES, Entry, STRESS_SECONDS};
-use super::{Flavour, Guest, SelftestError, keep};
+use super::{Flavour, Guest, SelftestError};
 
 /// A machine of the matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -245,11 +245,8 @@ impl Cell {
                 run.took.as_secs_f64()
             ));
             if !faults.is_empty() {
-                let kept = keep("matrix", &format!("{self} {}", job.label), &run.console)?;
-                for fault in &faults {
-                    say(&format!("  {fault}"));
-                }
-                say(&format!("  console: {}", kept.display()));
+                let label = format!("{self} {}", job.label);
+                run.explain(&faults, "matrix", &label, &mut say)?;
             }
             outcome.passed += run.report.count(super::tap::Verdict::Passed);
             outcome.skipped += run.report.count(super::tap::Verdict::Skipped);

@@ -25,6 +25,8 @@ const PLACE: &str = "/selftests";
 const RETRIES: u32 = 2;
 /// Time for boot and end, for a kernel that is not slowed down.
 const BOOT: Duration = Duration::from_secs(60);
+/// Lines of the console that are shown where something failed.
+const SHOWN: usize = 40;
 
 /// Why a program has no result.
 #[derive(Debug, thiserror::Error)]
@@ -161,7 +163,10 @@ impl Run {
         let mut faults = self.report.problems.clone();
         for test in &self.report.tests {
             match test.verdict {
-                Verdict::Failed => faults.push(format!("not ok: {}", test.name)),
+                Verdict::Failed => faults.push(match &test.said {
+                    Some(said) => format!("not ok: {} ({said})", test.name),
+                    None => format!("not ok: {}", test.name),
+                }),
                 Verdict::Expected => {
                     faults.push(format!("failed, as nothing here may: {}", test.name));
                 }
@@ -179,6 +184,28 @@ impl Run {
         let kernel = self.complaints.iter();
         faults.extend(kernel.map(|line| format!("kernel: {line}")));
         faults
+    }
+
+    /// Says what was wrong, and what the console said last: all of it is kept,
+    /// but on a machine that may be gone. `stage` and `label` name the file.
+    pub fn explain(
+        &self,
+        faults: &[String],
+        stage: &str,
+        label: &str,
+        mut say: impl FnMut(&str),
+    ) -> Result<(), SelftestError> {
+        for fault in faults {
+            say(&format!("    {fault}"));
+        }
+        let lines: Vec<&str> = self.console.lines().collect();
+        let last = lines.len().saturating_sub(SHOWN);
+        for line in &lines[last..] {
+            say(&format!("    | {line}"));
+        }
+        let kept = keep(stage, label, &self.console)?;
+        say(&format!("    console: {}", kept.display()));
+        Ok(())
     }
 
     /// "12 passed, 0 failed, 1 skipped".
@@ -349,6 +376,12 @@ mod tests {
         assert_eq!(good.faults(|_| false), [""; 0]);
         good.complaints.push("BUG: x".into());
         assert_eq!(good.faults(|_| false), ["kernel: BUG: x"]);
+    }
+
+    #[test]
+    fn fault_says_where_a_test_failed() {
+        let failed = run("TAP version 13\n1..1\n# a.c:3: not so: x\nnot ok 1 a\n", 1);
+        assert_eq!(failed.faults(|_| false), ["not ok: a (a.c:3: not so: x)"]);
     }
 
     #[test]

@@ -22,6 +22,9 @@ pub struct Test {
     pub name: String,
     /// How it ended.
     pub verdict: Verdict,
+    /// The first comment before it that names a line of source: where a test that
+    /// failed did so, and why.
+    pub said: Option<String>,
 }
 
 /// Everything a program said, in order.
@@ -35,6 +38,7 @@ pub struct Report {
     pub skipped: Option<String>,
     /// What is wrong with the report itself.
     pub problems: Vec<String>,
+    said: Option<String>,
     version: bool,
     totals: Option<Vec<(String, u64)>>,
 }
@@ -85,8 +89,13 @@ impl Report {
                 self.problem("a second line of totals");
             }
             self.totals = Some(totals.split_whitespace().filter_map(total).collect());
+        } else if let Some(comment) = line.strip_prefix('#')
+            && self.said.is_none()
+            && names_source(comment)
+        {
+            self.said = Some(comment.trim().to_owned());
         }
-        // Anything else is a comment, or what a helper process had to say.
+        // Anything else is what a helper process had to say.
     }
 
     fn plan(&mut self, text: &str) {
@@ -141,7 +150,12 @@ impl Report {
             (name, reason, Verdict::Skipped) => format!("{name}: {reason}"),
             (name, ..) => name.to_owned(),
         };
-        self.tests.push(Test { name, verdict });
+        let said = self.said.take();
+        self.tests.push(Test {
+            name,
+            verdict,
+            said,
+        });
     }
 
     /// What shows only at the end.
@@ -155,7 +169,11 @@ impl Report {
             None => self.problem("no plan"),
             Some(0) if self.skipped.is_none() => self.problem("a plan of no tests"),
             Some(plan) if plan != count => {
-                self.problem(format!("{plan} tests announced, {count} reported"));
+                let last = self.tests.last().map_or("none", |test| &test.name);
+                let said = self.said.as_deref().unwrap_or("nothing");
+                self.problem(format!(
+                    "{plan} tests announced, {count} reported; the last is {last}, after it: {said}"
+                ));
             }
             Some(_) => {}
         }
@@ -203,6 +221,13 @@ impl Report {
             }
         }
     }
+}
+
+/// Whether a comment begins with `FILE.c:LINE:`.
+fn names_source(comment: &str) -> bool {
+    let mut parts = comment.trim_start().split(':');
+    parts.next().is_some_and(|file| file.ends_with(".c"))
+        && parts.next().is_some_and(|line| line.parse::<u32>().is_ok())
 }
 
 /// `# WORD rest` as word and rest.
@@ -338,6 +363,19 @@ mod tests {
         assert_eq!(
             verdicts,
             expected.map(|(name, verdict)| (name.into(), verdict))
+        );
+    }
+
+    #[test]
+    fn failed_test_says_where() {
+        let text = "TAP version 13\n1..3\n# a.c:7: 3 pages\nok 1 a\n# RUN b\n\
+            # a.c:12: not so: x == 3\n# a.c:99: later\nnot ok 2 b\n# 1:2: no file\nnot ok 3 c\n";
+        let report = read(text.lines(), Some(1));
+        let said: Vec<_> = report.tests.iter().map(|test| &test.said).collect();
+        let expected = [Some("a.c:7: 3 pages"), Some("a.c:12: not so: x == 3"), None];
+        assert_eq!(
+            said,
+            expected.map(|text| text.map(str::to_owned)).each_ref()
         );
     }
 
