@@ -13,7 +13,7 @@ use super::{RunnerError, Stages};
 use crate::selftests::ablation::{ABLATIONS, Ablation};
 use crate::selftests::list::{ENTRIES, Entry, disagreements};
 use crate::selftests::tap::Verdict;
-use crate::selftests::{Flavour, Guest, Run, SelftestError, matrix, published};
+use crate::selftests::{Flavour, Guest, Run, SelftestError, labelled, matrix, published};
 
 /// How often the lack of an element may stay unseen before that is a failure.
 const ABLATION_RUNS: u32 = 3;
@@ -103,15 +103,12 @@ pub fn stages(
         let mut counted = Counted::default();
         for cell in matrix::cells(true) {
             let outcome = run_cell(&cell, &guest(cell.flavour)?, &dir, None)?;
-            counted += Counted {
-                tally: Tally {
-                    passed: outcome.passed,
-                    failed: outcome.faults.len() as u64,
-                    ignored: outcome.skipped,
-                },
-                failures: labelled(&cell.to_string(), &outcome.faults),
-                retries: 0,
+            let tally = Tally {
+                passed: outcome.passed,
+                failed: outcome.faults.len() as u64,
+                ignored: outcome.skipped,
             };
+            counted += Counted::new(tally, labelled(&cell.to_string(), &outcome.faults));
         }
         Ok(counted)
     });
@@ -233,9 +230,7 @@ fn run_list(
         let run = match guest.run(&job) {
             Ok(run) => run,
             Err(error) => {
-                let why = chain(&error);
-                finish(&format!("{:<44} FAILED  {why}", job.label));
-                counted += Counted::failure(format!("{}: {why}", job.label));
+                counted += not_run(&job.label, &error);
                 continue;
             }
         };
@@ -247,22 +242,12 @@ fn run_list(
         if !faults.is_empty() {
             explain(&faults, stage, &job.label, &run)?;
         }
-        counted += Counted {
-            tally: count(&run, &faults),
-            failures: labelled(&job.label, &faults),
-            retries: 0,
-        };
+        counted += Counted::new(count(&run, &faults), labelled(&job.label, &faults));
     }
     if counted.tally == Tally::default() {
         return Err(RunnerError::NotRun("no selftest was selected"));
     }
     Ok(counted)
-}
-
-/// What was wrong, with where.
-fn labelled(label: &str, faults: &[String]) -> Vec<String> {
-    let faults = faults.iter();
-    faults.map(|fault| format!("{label}: {fault}")).collect()
 }
 
 /// Passed and skipped tests as they are; a program with faults has failed at
@@ -321,9 +306,7 @@ fn run_ablations(
         let (unseen, run) = match look_for(ablation, entry, &guest, dir) {
             Ok(looked) => looked,
             Err(error) => {
-                let why = chain(&error);
-                finish(&format!("{label:<44} FAILED  {why}"));
-                counted += Counted::failure(format!("{label}: {why}"));
+                counted += not_run(&label, &error);
                 continue;
             }
         };
@@ -362,6 +345,13 @@ fn finish(line: &str) {
         print!("\r\x1b[K");
     }
     println!("{line}");
+}
+
+/// Says why a program has no result, and counts it.
+fn not_run(label: &str, error: &SelftestError) -> Counted {
+    let why = chain(error);
+    finish(&format!("{label:<44} FAILED  {why}"));
+    Counted::failure(format!("{label}: {why}"))
 }
 
 fn told(label: &str, run: &Run, good: bool) {

@@ -47,13 +47,18 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// One test or check that failed.
-    pub fn failure(what: impl Into<String>) -> Self {
+    /// Tests, and what failed of them.
+    pub fn new(tally: Tally, failures: Vec<String>) -> Self {
         Self {
-            tally: Tally::check(false),
-            failures: vec![what.into()],
+            tally,
+            failures,
             retries: 0,
         }
+    }
+
+    /// One test or check that failed.
+    pub fn failure(what: impl Into<String>) -> Self {
+        Self::new(Tally::check(false), vec![what.into()])
     }
 
     /// One check, and what failed if it did.
@@ -68,10 +73,7 @@ impl Counted {
 
 impl From<Tally> for Counted {
     fn from(tally: Tally) -> Self {
-        Self {
-            tally,
-            ..Self::default()
-        }
+        Self::new(tally, Vec::new())
     }
 }
 
@@ -126,11 +128,7 @@ impl Reader {
             self.failures
                 .push("a program failed, but no test of it".into());
         }
-        Counted {
-            tally: self.tally,
-            failures: self.failures,
-            retries: 0,
-        }
+        Counted::new(self.tally, self.failures)
     }
 
     fn line(&mut self, line: &str) {

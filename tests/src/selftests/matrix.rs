@@ -9,7 +9,7 @@ use mshare_protocol::report::chain;
 
 use super::klog::Console;
 use super::list::{ENTRIES, Entry, STRESS_SECONDS};
-use super::{Flavour, Guest, SelftestError};
+use super::{Flavour, Guest, SelftestError, labelled};
 
 /// A machine of the matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -251,8 +251,7 @@ impl Cell {
             outcome.passed += run.report.count(super::tap::Verdict::Passed);
             outcome.skipped += run.report.count(super::tap::Verdict::Skipped);
             outcome.took += run.took;
-            let named = |fault| format!("{}: {fault}", job.label);
-            outcome.faults.extend(faults.into_iter().map(named));
+            outcome.faults.extend(labelled(&job.label, &faults));
         }
         if outcome.programs == 0 {
             outcome.faults.push("no program runs in this cell".into());

@@ -321,6 +321,12 @@ fn file(path: &Path) -> impl FnOnce(io::Error) -> SelftestError {
     move |source| SelftestError::File { path, source }
 }
 
+/// What was wrong, with where.
+pub fn labelled(label: &str, faults: &[String]) -> Vec<String> {
+    let faults = faults.iter();
+    faults.map(|fault| format!("{label}: {fault}")).collect()
+}
+
 /// The programs in a folder, by name.
 pub fn published(dir: &Path) -> Result<Vec<String>, SelftestError> {
     let mut names = Vec::new();

@@ -38,6 +38,7 @@ pub struct Report {
     pub skipped: Option<String>,
     /// What is wrong with the report itself.
     pub problems: Vec<String>,
+    /// What the next test said so far.
     said: Option<String>,
     version: bool,
     totals: Option<Vec<(String, u64)>>,
