@@ -632,5 +632,4 @@ fn check_range(entry: &Entry, offset: u64, len: u64) -> Outcome<(u64, u64)> {
 }
 
 #[cfg(test)]
-#[path = "broker_tests.rs"]
 mod tests;

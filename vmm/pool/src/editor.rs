@@ -422,5 +422,4 @@ pub fn page_range(len: u64, offset: u64, bytes: u64) -> Option<(u64, u64)> {
 const _: () = assert!(PMD_SIZE == ENTRIES * PAGE_SIZE && PAGE_WORDS == ENTRIES);
 
 #[cfg(test)]
-#[path = "editor_tests.rs"]
 mod tests;

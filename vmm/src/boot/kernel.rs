@@ -421,5 +421,4 @@ fn check_elf(path: &Path, file: &mut File, head: &[u8], len: u64) -> Result<Imag
 }
 
 #[cfg(test)]
-#[path = "kernel_tests.rs"]
 mod tests;
